@@ -1,0 +1,49 @@
+# Everything runs on a fresh machine with Python 3.11+ and pip.
+#
+#   make demo    train two small networks, prune them, print what it cost and what it gained
+#   make test    run the tests
+#   make check   lint, formatting, types
+#   make clean   remove .venv, caches and the demo's models
+#
+# The first call makes .venv and installs into it; later ones only do so when pyproject.toml or constraints.txt change.
+# On Linux, pip may choose torch's CUDA build (some gigabytes); constraints.txt tells how to get the CPU build instead.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+# Two workers by default: each test already uses the threads of ONNX Runtime.
+PYTEST_ARGS ?= -n 2 --dist worksteal
+
+BIN := $(VENV)/bin
+
+.PHONY: demo test check fix clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+fix: $(VENV)/.dev
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist examples/out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp for each set of packages, named as the extra that pip installs.
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+	@touch $@
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " \
+	+ sys.version.split()[0] + ": call make with PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv $(VENV)

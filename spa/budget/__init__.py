@@ -1,0 +1,8 @@
+"""From scores and targets to the units that leave."""
+
+from __future__ import annotations
+
+from spa.budget.select import Selection, select
+from spa.budget.targets import Target, parse_target, parse_targets
+
+__all__ = ["Selection", "Target", "parse_target", "parse_targets", "select"]

@@ -1,0 +1,231 @@
+"""Which units leave: lowest scores first, until the true cost of the model meets every target.
+
+Units leave in chunks, so that what is kept is a multiple of what kernels like. Costs are exact at every step (the
+cost of a layer falls with both its producer and its consumer), never a sum of independent savings.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from spa.budget.targets import Target
+from spa.cost import CostModel, Metric
+from spa.errors import TargetError
+from spa.evidence import Vector
+from spa.groups import Analysis, Frozen, Group
+
+Allocation = Literal["global", "uniform"]
+Align = int | Literal["auto"]
+_KERNEL = 8
+"""ONNX Runtime's CPU convolution and matrix kernels work in blocks of 8 channels: odd widths are slower than full ones."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The units that leave, and what the model then costs."""
+
+    removed: tuple[tuple[Group, tuple[int, ...]], ...]
+    costs: dict[Metric, float]
+    original: dict[Metric, float]
+    align: Align
+    """The alignment that was used (smaller than asked for only under `auto`)."""
+
+
+@dataclass
+class _Queue:
+    """One group on its way out: its units in removal order, cut into chunks."""
+
+    group: Group
+    order: list[int]
+    chunks: list[int]
+    """Number of units per chunk."""
+    scores: list[float]
+    """Mean score per chunk."""
+    taken: int = 0
+    """Chunks removed so far."""
+
+    @property
+    def removed(self) -> int:
+        return sum(self.chunks[: self.taken])
+
+
+def alignment(group: Group, align: Align) -> int:
+    """What the kept number of units should be a multiple of.
+
+    `auto`: 8 for channels, neurons and dims, less in layers too narrow for it (at least four steps remain); 1 for heads.
+    """
+    if align != "auto":
+        return align
+    if group.kind in ("head", "kv-head", "expert"):
+        return 1
+    step = _KERNEL
+    while step > 1 and step * 4 > group.units:
+        step //= 2
+    return step
+
+
+def select(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    scores: Mapping[str, Vector],
+    targets: Sequence[Target],
+    *,
+    allocation: Allocation = "global",
+    align: Align = "auto",
+    min_keep: Callable[[Group], int] = lambda group: 1,
+) -> Selection:
+    """Choose the units that leave.
+
+    Args:
+        analysis: the analysed model.
+        groups: the groups that may be pruned.
+        scores: importance per unit and group, comparable across groups, [units] each.
+        targets: limits, all of which must hold.
+        allocation: `global` ranks all units together, `uniform` removes the same share of every group.
+        align: kept units per group are a multiple of this; `auto` chooses, and yields where a target needs it.
+        min_keep: units to keep at least, per group.
+
+    Raises:
+        TargetError: the targets cannot be reached; names the best reachable point and what freezes the rest.
+    """
+    cost = analysis.cost
+    original = cost.totals(cost.full)
+    limits = {t: t.bound(original[t.metric]) for t in targets}
+    steps: list[int] = [_KERNEL, 4, 2, 1] if align == "auto" else [align]
+    floor: dict[Metric, float] = {}
+    for step in steps:
+
+        def aligned(group: Group, step: int = step) -> int:
+            return min(step, alignment(group, align)) if align == "auto" else step
+
+        queues = [_queue(g, scores[g.name], aligned(g), min_keep(g)) for g in groups]
+        floor = _floor(cost, queues)
+        if any(floor[t.metric] > limit for t, limit in limits.items()):
+            continue
+        costs = (_uniform if allocation == "uniform" else _global)(cost, queues, limits)
+        removed = tuple((q.group, tuple(sorted(q.order[: q.removed]))) for q in queues if q.taken)
+        return Selection(removed, costs, original, align if align != "auto" or step == _KERNEL else step)
+    raise TargetError(_unreachable(limits, floor, original, analysis.frozen, bool(groups)))
+
+
+def _queue(group: Group, scores: Vector, step: int, keep: int) -> _Queue:
+    order = np.argsort(scores, kind="stable").tolist()
+    chunks: list[int] = []
+    left = group.units
+    size = left % step or step
+    while left - size >= max(keep, 1):
+        chunks.append(size)
+        left -= size
+        size = step
+    bounds = np.cumsum([0, *chunks])
+    means = [float(np.mean(scores[order[a:b]])) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return _Queue(group, order, chunks, means)
+
+
+def _shift(cost: CostModel, counts: list[int], costs: dict[Metric, float], group: Group, units: int) -> None:
+    """Take `units` more units of a group out (negative: put them back) and update the costs."""
+    new = {leaf: counts[leaf] - n * units for leaf, n in group.leaves.items()}
+    for metric, delta in cost.change(counts, new).items():
+        costs[metric] += delta
+    for leaf, count in new.items():
+        counts[leaf] = count
+
+
+def _met(costs: Mapping[Metric, float], limits: Mapping[Target, float]) -> bool:
+    return all(costs[t.metric] <= limit * (1 + 1e-12) for t, limit in limits.items())
+
+
+def _floor(cost: CostModel, queues: Sequence[_Queue]) -> dict[Metric, float]:
+    counts = list(cost.full)
+    for q in queues:
+        for leaf, n in q.group.leaves.items():
+            counts[leaf] -= n * sum(q.chunks)
+    return cost.totals(counts)
+
+
+def _global(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, float]) -> dict[Metric, float]:
+    counts = list(cost.full)
+    costs = cost.totals(counts)
+    heap = [(q.scores[0], k) for k, q in enumerate(queues) if q.chunks]
+    heapq.heapify(heap)
+    while heap and not _met(costs, limits):
+        _, k = heapq.heappop(heap)
+        q = queues[k]
+        _shift(cost, counts, costs, q.group, q.chunks[q.taken])
+        q.taken += 1
+        if q.taken < len(q.chunks):
+            heapq.heappush(heap, (max(q.scores[q.taken], q.scores[q.taken - 1]), k))
+    _restore(cost, counts, costs, queues, limits)
+    return costs
+
+
+def _restore(
+    cost: CostModel,
+    counts: list[int],
+    costs: dict[Metric, float],
+    queues: Sequence[_Queue],
+    limits: Mapping[Target, float],
+) -> None:
+    """Put the most important chunks back while the targets still hold: the last step usually overshoots."""
+    candidates = sorted((q for q in queues if q.taken), key=lambda q: -q.scores[q.taken - 1])
+    for q in candidates:
+        while q.taken:
+            size = q.chunks[q.taken - 1]
+            _shift(cost, counts, costs, q.group, -size)
+            if not _met(costs, limits):
+                _shift(cost, counts, costs, q.group, size)
+                break
+            q.taken -= 1
+
+
+def _uniform(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, float]) -> dict[Metric, float]:
+    """The smallest share that meets the targets, by bisection: costs fall with the share."""
+
+    def at(share: float) -> dict[Metric, float]:
+        counts = list(cost.full)
+        for q in queues:
+            wanted = share * q.group.units
+            bounds = np.cumsum([0, *q.chunks])
+            q.taken = int(np.searchsorted(bounds, wanted + 1e-9, side="right")) - 1
+            for leaf, n in q.group.leaves.items():
+                counts[leaf] -= n * q.removed
+        return cost.totals(counts)
+
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _met(at(middle), limits) else (middle, high)
+    return at(high)
+
+
+def _unreachable(
+    limits: Mapping[Target, float],
+    floor: Mapping[Metric, float],
+    original: Mapping[Metric, float],
+    frozen: Sequence[Frozen],
+    prunable: bool,
+) -> str:
+    if not prunable:
+        why = f"; {_why(frozen)}" if frozen else ""
+        return f"nothing in this model can be pruned with these options{why}"
+    missed = [t for t, limit in limits.items() if floor[t.metric] > limit]
+    parts = [
+        f"{t.text} cannot be reached: the best is {t.metric}={floor[t.metric]:.4g} "
+        f"({floor[t.metric] / original[t.metric]:.3f} of the original)"
+        for t in missed
+    ]
+    return f"{' and '.join(parts)}; {_why(frozen)}"
+
+
+def _why(frozen: Sequence[Frozen]) -> str:
+    parts = []
+    for f in frozen[:3]:
+        node = f" at {f.reason.node}" if f.reason.node else ""
+        parts.append(f"{f.tensor} axis {f.axis} ({f.reason.text}{node})")
+    rest = "the rest is frozen by " + ", ".join(parts) if parts else "all groups are at their minimum"
+    return f"{rest}; try --scope all, a smaller --align or --min-keep, or see `spa inspect`"

@@ -1,0 +1,127 @@
+"""What a model costs, as polynomials of the kept sizes.
+
+Every cost is a sum of monomials: a coefficient times the sizes of some axes. Multiply-accumulates (MACs) come from the
+rules, parameters and bytes from the shapes of the weights. Axes whose size is known only at run time count with the
+sizes in `dims` (by symbol name), by default 1 for a leading axis of a graph input and 128 (224 in images) for the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from spa.axes import LEAF, PROD, Axis, Solution
+from spa.coupling import Coupling
+from spa.symbols import Size, bind, is_static
+
+Metric = Literal["macs", "parameters", "bytes"]
+METRICS: tuple[Metric, ...] = ("macs", "parameters", "bytes")
+
+_COUNTED = {"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"}
+_COUNTED |= {"FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0", "COMPLEX64", "COMPLEX128"}
+
+
+def counts_as_parameter(tensor: ir.TensorProtocol) -> bool:
+    """Floating-point and quantised tensors are parameters; integers, booleans and strings are structure."""
+    return tensor.dtype.name in _COUNTED
+
+
+@dataclass(frozen=True)
+class Term:
+    """coefficient x product of the sizes of `axes`."""
+
+    metric: Metric
+    coefficient: float
+    axes: tuple[Axis, ...]
+
+
+class CostModel:
+    """The costs of a model under any kept sizes, updated incrementally."""
+
+    def __init__(self, coupling: Coupling, dims: Mapping[str, int] | None = None, overhead: int = 0) -> None:
+        self.solution = coupling.solution
+        self.overhead = overhead
+        self.full = [_number(s, default_dims(coupling.model, dims)) for s in self.solution.leaf_size]
+        self.terms = _terms(coupling)
+        self.by_leaf: dict[int, list[int]] = {}
+        for k, term in enumerate(self.terms):
+            for leaf in {leaf for axis in term.axes for leaf in self.solution.leaves(axis)}:
+                self.by_leaf.setdefault(leaf, []).append(k)
+
+    def totals(self, counts: Sequence[int]) -> dict[Metric, float]:
+        """All metrics when leaf k keeps `counts[k]` positions."""
+        out: dict[Metric, float] = {"macs": 0.0, "parameters": 0.0, "bytes": float(self.overhead)}
+        for term in self.terms:
+            out[term.metric] += self.value(term, counts)
+        return out
+
+    def value(self, term: Term, counts: Sequence[int]) -> float:
+        """One term under `counts`."""
+        out = term.coefficient
+        for axis in term.axes:
+            out *= _size(self.solution, axis, counts)
+        return out
+
+    def change(self, counts: list[int], new: Mapping[int, int]) -> dict[Metric, float]:
+        """Difference of all metrics if the leaves in `new` went from `counts` to their new counts."""
+        affected = {k for leaf in new for k in self.by_leaf.get(leaf, ())}
+        out: dict[Metric, float] = dict.fromkeys(METRICS, 0.0)
+        before = {k: self.value(self.terms[k], counts) for k in affected}
+        old = {leaf: counts[leaf] for leaf in new}
+        for leaf, count in new.items():
+            counts[leaf] = count
+        for k in affected:
+            out[self.terms[k].metric] += self.value(self.terms[k], counts) - before[k]
+        for leaf, count in old.items():
+            counts[leaf] = count
+        return out
+
+
+def _size(solution: Solution, axis: Axis, counts: Sequence[int]) -> int:
+    kind, parts = solution.terms[axis]
+    if kind == LEAF:
+        return counts[parts[0]]
+    sizes = [_size(solution, p, counts) for p in parts]
+    if kind == PROD:
+        out = 1
+        for size in sizes:
+            out *= size
+        return out
+    return sum(sizes)
+
+
+def _terms(coupling: Coupling) -> list[Term]:
+    terms = [Term("macs", float(c.coefficient), c.axes) for c in coupling.relations.costs]
+    for value, tensor in coupling.weights.items():
+        uses = coupling.shared.get(value)
+        dims = coupling.dims(value, uses[0] if uses else None)
+        if dims is None:
+            continue
+        terms.append(Term("bytes", tensor.dtype.bitwidth / 8, dims))
+        if counts_as_parameter(tensor):
+            terms.append(Term("parameters", 1.0, dims))
+    return terms
+
+
+def default_dims(model: ir.Model, given: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Sizes assumed for the symbolic axes of the graph inputs; `given` wins."""
+    out: dict[str, int] = {}
+    for value in model.graph.inputs:
+        shape = list(value.shape) if value.shape is not None else []
+        image = len(shape) >= 4 and value.dtype is not None and value.dtype.is_floating_point()
+        for k, dim in enumerate(shape):
+            name = None if isinstance(dim, int) else dim.value
+            if name is not None:
+                out.setdefault(name, 1 if k == 0 else 224 if image and k >= 2 else 128)
+    out.update(given or {})
+    return out
+
+
+def _number(size: Size, dims: Mapping[str, int]) -> int:
+    if is_static(size):
+        return int(size)  # type: ignore[arg-type]  # static sizes are ints
+    value = bind(size, dims)
+    return 128 if value is None else max(int(value), 1)

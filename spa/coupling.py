@@ -1,0 +1,164 @@
+"""Join the rules over a graph: from a model to solved index spaces.
+
+Constants that several nodes share get axes of their own per use where sharing is an accident of export (equal biases,
+norm weights, tables in elementwise operators are merged by exporters); matrices that several products share (tied
+embeddings, siamese branches) stay one tensor. Nothing is copied here: the rewrite writes separate tensors only where
+the uses end up with different shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from spa import rules
+from spa.axes import Axes, Axis, Reason, Solution
+from spa.rules import Op, Operand, Relations, Rule
+from spa.shapes import Shapes, infer
+
+Use = tuple[ir.Node, int]
+"""A node and one of its input slots."""
+
+
+@dataclass
+class Coupling:
+    """A model with solved index spaces."""
+
+    model: ir.Model
+    shapes: Shapes
+    axes: Axes
+    relations: Relations
+    ops: list[Op]
+    """Every node of the graph and its subgraphs, in execution order."""
+    rules: dict[int, Rule]
+    """Rule per index in `ops`, for the nodes that have one."""
+    constants: set[ir.Value]
+    """Values computed from constants only."""
+    weights: dict[ir.Value, ir.TensorProtocol]
+    """Initializers and tensor-valued `Constant` outputs."""
+    shared: dict[ir.Value, list[Use]]
+    """Per weight: its uses."""
+    solution: Solution = field(init=False)
+    _dims: dict[Any, tuple[Axis, ...]] = field(default_factory=dict)
+
+    def dims(self, value: ir.Value, use: Use | None = None) -> tuple[Axis, ...] | None:
+        """Axes of `value`; for an un-shared weight those of one `use`. None if the rank is unknown."""
+        key = (value, *use) if use is not None and self.separate(value, use) else value
+        found = self._dims.get(key)
+        if found is None:
+            shape = self.shapes.shape(value)
+            if shape is None:
+                return None
+            found = tuple(self.axes.leaf(size) for size in shape)
+            self._dims[key] = found
+        return found
+
+    def separate(self, value: ir.Value, use: Use) -> bool:
+        """Whether this use of a weight has axes of its own."""
+        uses = self.shared.get(value, ())
+        if len(uses) < 2:
+            return False
+        shape = self.shapes.shape(value)
+        rule = self._rule_of.get(use[0])
+        return shape is not None and (len(shape) <= 1 or (rule is not None and rule.combines))
+
+    _rule_of: dict[ir.Node, Rule] = field(default_factory=dict)
+
+
+def couple(model: ir.Model) -> Coupling:
+    """Apply the rules to every node and solve.
+
+    Every operator without a rule, and every tensor of unknown rank, freezes what it touches.
+    """
+    shapes = infer(model)
+    weights = dict(_weights(model.graph))
+    coupling = Coupling(model, shapes, Axes(), Relations(), [], {}, set(weights), weights, {})
+    nodes = list(_nodes(model.graph))
+    for node in nodes:
+        rule = rules.lookup(node.domain, node.op_type, _version(model, node))
+        if rule is not None:
+            coupling._rule_of[node] = rule
+        for slot, value in enumerate(node.inputs):
+            if value is not None and value in weights:
+                coupling.shared.setdefault(value, []).append((node, slot))
+        if node.op_type != "Constant" and not _subgraphs(node) and node.inputs:
+            if all(v is None or v in coupling.constants for v in node.inputs):
+                coupling.constants.update(node.outputs)
+    for node in nodes:
+        _apply(coupling, node)
+    _freeze_border(coupling)
+    coupling.solution = coupling.axes.solve()
+    return coupling
+
+
+def _apply(coupling: Coupling, node: ir.Node) -> None:
+    if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+        return
+    inputs = [_operand(coupling, v, (node, slot)) for slot, v in enumerate(node.inputs)]
+    outputs = [_operand(coupling, v, None) for v in node.outputs]
+
+    def resolve(value: ir.Value) -> Operand | None:
+        return _operand(coupling, value, None)
+
+    op = Op(node, inputs, outputs, coupling.axes, coupling.relations, _version(coupling.model, node), resolve)
+    rule = coupling._rule_of.get(node)
+    unknown = [v for v, o in zip((*node.inputs, *node.outputs), (*inputs, *outputs), strict=True) if v and o is None]
+    if rule is None:
+        op.freeze_all(f"no rule for operator {node.domain + '::' if node.domain else ''}{node.op_type}")
+    elif any(v.name for v in unknown) and node.op_type not in ("If", "Loop", "Scan", "Shape", "Size"):
+        op.freeze_all(f"{node.op_type} with a tensor of unknown rank")
+    else:
+        coupling.rules[len(coupling.ops)] = rule
+        rule.apply(op)
+    coupling.ops.append(op)
+
+
+def _operand(coupling: Coupling, value: ir.Value | None, use: Use | None) -> Operand | None:
+    if value is None or (value.name == "" and use is None):
+        return None
+    shape = coupling.shapes.shape(value)
+    dims = coupling.dims(value, use)
+    if shape is None or dims is None:
+        return None
+    return Operand(value, shape, dims, coupling.shapes.const(value), value in coupling.constants)
+
+
+def _freeze_border(coupling: Coupling) -> None:
+    """Inputs and outputs of the graph keep their shapes; initializers listed as inputs are weights."""
+    graph = coupling.model.graph
+    for values, why in ((graph.inputs, "graph input"), (graph.outputs, "graph output")):
+        for value in values:
+            if value in coupling.weights and why == "graph input":
+                continue
+            for axis in coupling.dims(value) or ():
+                coupling.axes.freeze(axis, Reason(why))
+
+
+def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    for value in graph.initializers.values():
+        if value.const_value is not None:
+            yield value, value.const_value
+    for node in graph:
+        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and "value" in node.attributes:
+            yield node.outputs[0], node.attributes["value"].as_tensor()
+        for sub in _subgraphs(node):
+            yield from _weights(sub)
+
+
+def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    for node in graph:
+        yield node
+        for sub in _subgraphs(node):
+            yield from _nodes(sub)
+
+
+def _subgraphs(node: ir.Node) -> list[ir.Graph]:
+    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+
+
+def _version(model: ir.Model, node: ir.Node) -> int:
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    return model.opset_imports.get(domain, model.opset_imports.get("ai.onnx" if not domain else domain, 1)) or 1

@@ -1,0 +1,88 @@
+"""Which leaves can leave exactly: zeroing their parameters in the original model gives the pruned model's outputs.
+
+Two things make an atom inexact: a statistic (or a mean) runs over it, or it is summed by an operator where neither a
+weight (which is zero then) nor an activation that is known to be zero stands in the product. Zeros are followed forward
+through the graph: a zeroed producer gives zero channels as long as every operator on the way maps zero to zero.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from spa.coupling import Coupling
+from spa.rules import Op, Operand, Zero
+
+
+def poisonous(coupling: Coupling) -> set[ir.Value]:
+    """Weights that must not be zeroed, because their value reaches a denominator, a logarithm or the like."""
+    bad: set[ir.Value] = set()
+    for k in range(len(coupling.ops) - 1, -1, -1):
+        op, rule = coupling.ops[k], coupling.rules.get(k)
+        upstream = rule is not None and any(v in bad for v in op.node.outputs)
+        for slot, value in enumerate(op.node.inputs):
+            if value in coupling.constants and (upstream or (rule is not None and slot in rule.divisors)):
+                bad.add(value)  # type: ignore[arg-type]  # None is not a constant
+    return bad
+
+
+def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
+    """Leaves whose removal is not exact, each with the reason."""
+    solution = coupling.solution
+    zero: dict[ir.Value, set[int]] = {}
+    for k, op in enumerate(coupling.ops):
+        rule = coupling.rules.get(k)
+        if rule is not None:
+            _forward(coupling, op, rule.zero_of(op), zero, poison)
+    operands = {op.node: op for op in coupling.ops}
+    out: dict[int, str] = {}
+    for flow in coupling.relations.flows:
+        if flow.leaving == "pass":
+            continue
+        op = operands[flow.node]
+        where = f"{flow.node.op_type} {flow.node.name or ''}".strip()
+        for leaf in solution.leaves(flow.axis):
+            if leaf in out:
+                continue
+            if flow.leaving != "sum":
+                out[leaf] = f"{flow.leaving} over it in {where}"
+            elif not any(leaf in _zeros(coupling, op.inputs[slot], zero, poison) for slot, _ in flow.inputs):
+                out[leaf] = f"summed without a zero factor in {where}"
+    return out
+
+
+def _zeros(
+    coupling: Coupling, operand: Operand | None, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
+) -> set[int]:
+    """Leaves on which an operand is zero once their parameters are."""
+    if operand is None:
+        return set()
+    if operand.value in coupling.weights:
+        return set() if operand.value in poison else _leaves(coupling, operand)
+    return zero.get(operand.value, set())
+
+
+def _leaves(coupling: Coupling, operand: Operand) -> set[int]:
+    return {leaf for axis in operand.dims for leaf in coupling.solution.leaves(axis)}
+
+
+def _forward(
+    coupling: Coupling, op: Op, rule: Zero, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
+) -> None:
+    if rule.never:
+        return
+    present = [k for k, operand in enumerate(op.inputs) if operand is not None]
+    summands = present if rule.all_of == "all" else [k for k in rule.all_of if k in present]
+    factors = [k for k in rule.any_of if k in present]
+    zeros = {k: _zeros(coupling, op.inputs[k], zero, poison) for k in {*summands, *factors}}
+    for operand in op.outputs:
+        if operand is None:
+            continue
+        leaves = _leaves(coupling, operand)
+        if rule.any_of:
+            leaves &= set().union(*(zeros[k] for k in factors)) if factors else set()
+        for k in summands:
+            summand = op.inputs[k]
+            outside = leaves - _leaves(coupling, summand) if rule.parts and summand is not None else set()
+            leaves &= zeros[k] | outside
+        if leaves:
+            zero[operand.value] = leaves

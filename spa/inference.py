@@ -1,0 +1,126 @@
+"""Types and shapes of all values, inferred anew: what a file claims about them is never used."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import onnx
+import onnx.shape_inference
+
+from spa.errors import ModelError
+
+__all__ = ["children", "infer"]
+
+_GRAPH_ATTRIBUTES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+
+
+def children(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The node's subgraphs."""
+    for attribute in node.attribute:
+        if attribute.type in _GRAPH_ATTRIBUTES:
+            yield from (attribute.g,) if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Drop `value_info`, which may be wrong, except for its documentation."""
+    notes = [info for info in graph.value_info if info.doc_string or info.metadata_props]
+    del graph.value_info[:]
+    for note in notes:
+        note.ClearField("type")
+        graph.value_info.append(note)
+    for node in graph.node:
+        for child in children(node):
+            _strip(child)
+
+
+def infer(proto: onnx.ModelProto, label: str | None) -> None:
+    """Fill `value_info` by ONNX's own inference, and correct the outputs' shapes.
+
+    With a `label` a contradiction that any runtime rejects is a `ModelError`. When inference fails
+    for another reason the values simply stay unknown.
+    """
+    _strip(proto.graph)
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    _undeclare(bare.graph)
+    try:
+        typed = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
+    except Exception:
+        if label is not None and (contradiction := _contradiction(bare)):
+            raise ModelError(f"{label}: {contradiction}; export the model again.") from None
+        try:
+            typed = onnx.shape_inference.infer_shapes(bare, data_prop=True)
+        except Exception:
+            return
+    _take_types(proto.graph, typed.graph, label)
+
+
+def _undeclare(graph: onnx.GraphProto) -> None:
+    graph.ClearField("value_info")
+    for info in graph.output:
+        info.ClearField("type")
+    for node in graph.node:
+        for child in children(node):
+            _undeclare(child)
+
+
+def _contradiction(bare: onnx.ModelProto) -> str | None:
+    """What ONNX Runtime would reject, too: an operator's own complaint, not one about an unknown input."""
+    try:
+        onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True)
+    except Exception as error:
+        for op, node, complaint in re.findall(r"\(op_type:(\w+)(?:, node name: (.*?))?\): (.*)", str(error)):
+            # "Inference error(s)" are those of an operator's function body, which runtimes need not use
+            if "instead is null" not in complaint and "Inference error(s)" not in complaint:
+                return f"node '{node}' ({op}) is inconsistent: {complaint.strip().rstrip('.')}"
+    return None
+
+
+def _take_types(graph: onnx.GraphProto, typed: onnx.GraphProto, label: str | None) -> None:
+    notes = {info.name: info for info in graph.value_info}
+    names = {tensor.name for tensor in graph.initializer}
+    declared = {info.name: info for info in graph.output}
+    infos = [info for info in typed.value_info if info.name not in names]
+    for info in [*infos, *typed.output]:
+        _forget_invented(info.type)
+        if info.name in declared:
+            _reconcile(declared[info.name], info.type, label)
+    fresh = {info.name: info for info in infos if info.name not in declared}
+    del graph.value_info[:]
+    for name, note in notes.items():
+        if name in fresh:
+            note.type.CopyFrom(fresh.pop(name).type)
+        graph.value_info.append(note)
+    graph.value_info.extend(fresh.values())
+    for node, typed_node in zip(graph.node, typed.node, strict=True):
+        for child, typed_child in zip(children(node), children(typed_node), strict=True):
+            _take_types(child, typed_child, label)
+
+
+def _forget_invented(kind: onnx.TypeProto) -> None:
+    """Inference invents names for unknown dims; they are no symbols of the model."""
+    for dim in kind.tensor_type.shape.dim if kind.HasField("tensor_type") else ():
+        if dim.dim_param.startswith("unk__"):
+            dim.ClearField("dim_param")
+
+
+def _reconcile(info: onnx.ValueInfoProto, inferred: onnx.TypeProto, label: str | None) -> None:
+    """Keep an output's declared dims unless inference knows a static size."""
+    if not inferred.HasField("tensor_type"):
+        return
+    declared, known = info.type.tensor_type, inferred.tensor_type
+    if label is not None and declared.elem_type and known.elem_type and declared.elem_type != known.elem_type:
+        have, want = (onnx.TensorProto.DataType.Name(kind.elem_type) for kind in (known, declared))
+        raise ModelError(f"{label}: output '{info.name}' is {have} but declared as {want}; export the model again.")
+    dims = list(declared.shape.dim)
+    if not declared.HasField("shape") or len(dims) != len(known.shape.dim):
+        if known.HasField("shape") or not info.HasField("type"):
+            info.type.CopyFrom(inferred)
+        return
+    for dim, truth in zip(dims, known.shape.dim, strict=True):
+        if truth.HasField("dim_value") or not dim.WhichOneof("value"):
+            denotation = dim.denotation
+            dim.CopyFrom(truth)
+            if denotation:
+                dim.denotation = denotation

@@ -1,0 +1,456 @@
+"""The only place that knows the order of steps: load, analyse, score, plan, rewrite, verify, write."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from spa.budget import parse_targets, select
+from spa.budget.select import Align, Allocation
+from spa.cost import Metric
+from spa.criteria import CRITERIA, Aggregation, Normalisation, normalise
+from spa.errors import OutputError, PlanError, TargetError, UsageError
+from spa.evidence import Evidence
+from spa.feeds import load_feeds
+from spa.graph import Graph, Source, load, restore
+from spa.groups import KINDS, Analysis, Group, analyze_model
+from spa.signature import inputs_of
+from spa.plan import GroupRecord, Plan
+from spa.plan import read as read_plan
+from spa.removal import Mask, kept_by, kept_without, removals
+from spa.rewrite import rewrite
+from spa.store import publish, save
+from spa.verify import Verification, compare, masked, require, zeroed
+from spa.version import __version__
+
+Scope = Literal["exact", "all"]
+Progress = Callable[[str], None]
+STAGES = ("load", "analyze", "score", "plan", "rewrite", "verify", "save")
+
+
+@dataclass(frozen=True)
+class Change:
+    """A quantity before and after."""
+
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What pruning did, in numbers."""
+
+    macs: Change
+    """Multiply-accumulates of one forward pass (batch 1 unless `dims` says otherwise)."""
+    parameters: Change
+    bytes: Change
+    """Of the model with its external data."""
+    groups: int
+    """Groups that lost units."""
+    removed_units: int
+    verify: Verification | None
+    """None if verification was switched off."""
+    seconds: Mapping[str, float]
+    """Wall time per stage."""
+    align: Align = "auto"
+    """Alignment that was used."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As `spa prune --json` prints it."""
+        body = asdict(self)
+        for key in ("macs", "parameters", "bytes"):
+            body[key] = {k: round(v) for k, v in body[key].items()}
+        body["seconds"] = {k: round(v, 4) for k, v in self.seconds.items()}
+        return body
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pruned model and how it came about."""
+
+    model: Any
+    """The pruned model, of the same kind as the source; None if it was written to a file."""
+    output: Path | None
+    """Where it was written."""
+    plan: Plan
+    report: Report
+
+
+@dataclass
+class _Clock:
+    progress: Progress | None
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self.progress is not None:
+            self.progress(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+
+def analyze(source: Source | Graph, *, dims: Mapping[str, int] | None = None) -> Analysis:
+    """Find what can be pruned in a model: groups with their units, what is frozen and why.
+
+    Args:
+        source: path, `onnx.ModelProto`, `onnx_ir.Model`, `onnx_graphsurgeon.Graph`, or a loaded `Graph`.
+        dims: sizes of symbolic axes by name, for the costs.
+
+    Raises:
+        ModelError: the model cannot be read (see `spa.load`).
+    """
+    graph = source if isinstance(source, Graph) else load(source)
+    return analyze_model(graph.model, dims, _overhead(graph))
+
+
+def _overhead(graph: Graph) -> int:
+    """Bytes of the file that are not weights."""
+    tensors = sum(v.const_value.nbytes for v in graph.model.graph.initializers.values() if v.const_value is not None)
+    for node in graph.model.graph.all_nodes():
+        if node.op_type == "Constant" and "value" in node.attributes:
+            tensors += node.attributes["value"].as_tensor().nbytes
+    return max(graph.file_bytes - tensors, 0)
+
+
+def prune(
+    source: Source,
+    *,
+    target: str | Sequence[str],
+    output: str | os.PathLike[str] | None = None,
+    criterion: str = "l2",
+    aggregation: Aggregation = "mean",
+    normalisation: Normalisation = "mean",
+    allocation: Allocation = "global",
+    scope: Scope = "exact",
+    kinds: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    align: Align = "auto",
+    min_keep: str | int = 1,
+    seed: int = 0,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | os.PathLike[str] | None = None,
+    check: bool = True,
+    progress: Progress | None = None,
+) -> Result:
+    """Prune a model until it meets every target, prove that the surgery is exact, and write it.
+
+    Args:
+        source: path, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`; it is not changed.
+        target: such as `macs=0.6` (at most 60 % of the original), `macs=2.0G`, `params=0.5`, `size=10MB`.
+        output: file to write; without it `Result.model` holds the pruned model, of the same kind as `source`.
+        criterion: name in `spa.CRITERIA`.
+        aggregation: how the scores of a unit's members are joined.
+        normalisation: how scores of different groups are made comparable.
+        allocation: `global` ranking, or the same share of every group (`uniform`).
+        scope: `exact` prunes only atoms that leave exactly; `all` also those that meet a statistic.
+        kinds: only these kinds of units (all if empty).
+        ignore: shell patterns; groups whose name, tensors or nodes match are left alone.
+        align: kept units per group are a multiple of this.
+        min_keep: units kept per group: a number, a share such as "10%", or per kind: "head=2,channel=8".
+        seed: of random scores and of the inputs used for verification.
+        dims: sizes of symbolic axes by name, for costs and verification.
+        inputs: `.npz` with one array per graph input, for verification instead of synthetic inputs.
+        check: verify before anything is written.
+        progress: called with the name of each stage.
+
+    Raises:
+        UsageError: an option is wrong.
+        ModelError: the model cannot be read.
+        TargetError: a target cannot be reached.
+        VerifyError: the result differs from its reference; nothing is written.
+        RuntimeFailure: the model does not run, so that it cannot be verified.
+        OutputError: the result cannot be written.
+    """
+    clock = _Clock(progress)
+    targets = parse_targets(target)
+    scorer = CRITERIA.get(criterion)
+    if scorer is None:
+        raise UsageError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+    _check_choices(scope, kinds, align)
+    keep = parse_min_keep(min_keep)
+    _check_output(output)
+    with clock.stage("load"):
+        graph = load(source)
+    with clock.stage("analyze"):
+        analysis = analyze(graph, dims=dims)
+    groups = choose(analysis, scope, kinds, ignore)
+    with clock.stage("score"):
+        evidence = Evidence(analysis, seed)
+        raw = {g.name: scorer.score(g, evidence, aggregation) for g in groups}
+        scores = normalise(raw, groups, normalisation)
+    settings = {
+        "targets": [t.text for t in targets],
+        "criterion": criterion,
+        "aggregation": aggregation,
+        "normalisation": normalisation,
+        "allocation": allocation,
+        "scope": scope,
+        "kinds": list(kinds),
+        "ignore": list(ignore),
+        "min_keep": str(min_keep),
+        "seed": seed,
+    }
+    with clock.stage("plan"):
+        chosen = select(analysis, groups, scores, targets, allocation=allocation, align=align, min_keep=keep)
+        kept = kept_without(analysis, chosen.removed)
+        records = tuple(GroupRecord(g.name, g.kind, g.units, units, g.exact) for g, units in chosen.removed)
+        settings["align"] = chosen.align
+        plan = Plan(graph.sha256, removals(analysis, kept), records, settings, f"spa {__version__}")
+    return _finish(graph, analysis, plan, kept, clock, output, dims, inputs, seed, check, chosen.align)
+
+
+def apply(
+    source: Source,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | os.PathLike[str] | None = None,
+    check: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Cut a model as a plan says: the same bytes on any machine.
+
+    Raises:
+        PlanError: the plan is malformed or belongs to another model.
+        ModelError, OutputError: as `prune`.
+        VerifyError, RuntimeFailure: as `prune`, with `check` only.
+    """
+    clock = _Clock(progress)
+    plan, label = (plan, "the plan") if isinstance(plan, Plan) else (read_plan(Path(plan)), str(plan))
+    _check_output(output)
+    with clock.stage("load"):
+        graph = load(source)
+    _check_model(graph, plan, label)
+    with clock.stage("analyze"):
+        analysis = analyze(graph, dims=dims)
+    with clock.stage("plan"):
+        kept = kept_by(analysis, plan, label)
+    return _finish(graph, analysis, plan, kept, clock, output, dims, inputs, 0, check, "auto")
+
+
+def verify(
+    source: Source,
+    pruned: Source,
+    plan: Plan | str | os.PathLike[str],
+    *,
+    dims: Mapping[str, int] | None = None,
+    inputs: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Verification:
+    """Compare a pruned model with the reference that its plan defines on the original.
+
+    Raises:
+        PlanError: the plan is malformed or belongs to another model.
+        ModelError: one of the models cannot be read.
+        RuntimeFailure: one of the models does not run.
+    """
+    plan, label = (plan, "the plan") if isinstance(plan, Plan) else (read_plan(Path(plan)), str(plan))
+    graph = load(source)
+    _check_model(graph, plan, label)
+    analysis = analyze(graph, dims=dims)
+    kept = kept_by(analysis, plan, label)
+    return _compare(graph, analysis, plan, kept, load(pruned).model, dims, inputs, seed)
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------
+
+
+def choose(analysis: Analysis, scope: Scope, kinds: Sequence[str], ignore: Sequence[str]) -> list[Group]:
+    """The groups that options leave for pruning.
+
+    Raises:
+        TargetError: there is none.
+    """
+    out = []
+    for group in analysis.groups:
+        if scope == "exact" and not group.exact:
+            continue
+        if kinds and group.kind not in kinds:
+            continue
+        if any(_matches(group, pattern) for pattern in ignore):
+            continue
+        out.append(group)
+    if not out:
+        inexact = sum(not g.exact for g in analysis.groups)
+        hint = f"{inexact} groups need --scope all" if scope == "exact" and inexact else _frozen_hint(analysis)
+        raise TargetError(f"nothing in this model can be pruned with these options: {hint}")
+    return out
+
+
+def _frozen_hint(analysis: Analysis) -> str:
+    if not analysis.frozen:
+        return "it has no prunable weights, or all groups are filtered out; see `spa inspect`"
+    worst = analysis.frozen[0]
+    return f"{worst.tensor} axis {worst.axis} is frozen ({worst.reason.text}); see `spa inspect`"
+
+
+def _matches(group: Group, pattern: str) -> bool:
+    names = {group.name, *(m.tensor for m in group.members)}
+    for member in group.members:
+        names.update(node.name or "" for node, _ in ([member.use] if member.use else member.value.uses()))
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+def parse_min_keep(text: str | int) -> Callable[[Group], int]:
+    """A number, a share ("10%" or "0.1"), or those per kind ("head=2,channel=10%").
+
+    Raises:
+        UsageError: the text is none of these.
+    """
+    default, by_kind = "1", dict[str, str]()
+    for part in str(text).split(","):
+        kind, equals, value = part.partition("=")
+        if equals:
+            if kind.strip() not in KINDS:
+                raise UsageError(f"--min-keep: unknown kind {kind.strip()!r}; kinds are {', '.join(KINDS)}")
+            by_kind[kind.strip()] = value.strip()
+        else:
+            default = part.strip()
+    for value in (default, *by_kind.values()):
+        if not re.fullmatch(r"\d+|\d+(\.\d+)?%|0?\.\d+", value):
+            raise UsageError(f"--min-keep: cannot read {value!r}; write 4, 10%, or head=2,channel=10%")
+
+    def least(group: Group) -> int:
+        value = by_kind.get(group.kind, default)
+        if value.endswith("%"):
+            return max(1, int(np.ceil(float(value[:-1]) / 100 * group.units)))
+        return max(1, int(np.ceil(float(value) * group.units)) if "." in value else int(value))
+
+    return least
+
+
+def _check_choices(scope: str, kinds: Sequence[str], align: Align) -> None:
+    if scope not in ("exact", "all"):
+        raise UsageError(f"unknown scope {scope!r}; choose exact or all")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
+    if align != "auto" and (not isinstance(align, int) or align < 1):
+        raise UsageError(f"align must be auto or a positive number, not {align!r}")
+
+
+def _check_output(output: str | os.PathLike[str] | None) -> None:
+    """Fail before the work, not after it."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a directory; name the output file")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: the folder {str(path.parent)!r} does not exist; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{path}: the folder {str(path.parent)!r} is not writable; choose another output")
+
+
+def _check_model(graph: Graph, plan: Plan, label: str) -> None:
+    if plan.sha256 != graph.sha256:
+        raise PlanError(
+            f"{label} belongs to another model (sha256 {plan.sha256[:12]}..., this one is {graph.sha256[:12]}...); "
+            "use the model it was made for, or make the plan anew"
+        )
+
+
+# -- finishing -------------------------------------------------------------------------------------------------------
+
+
+def _finish(
+    graph: Graph,
+    analysis: Analysis,
+    plan: Plan,
+    kept: Mask,
+    clock: _Clock,
+    output: str | os.PathLike[str] | None,
+    dims: Mapping[str, int] | None,
+    inputs: str | os.PathLike[str] | None,
+    seed: int,
+    check: bool,
+    align: Align,
+) -> Result:
+    with clock.stage("rewrite"):
+        model = rewrite(analysis, kept)
+    path = Path(output) if output is not None else None
+    folder = Path(tempfile.mkdtemp(prefix=".spa-", dir=path.parent if path is not None else None))
+    try:
+        staged = folder / (path.name if path is not None else "pruned.onnx")
+        with clock.stage("save"):
+            size = save(model, staged, external=graph.external)
+        verification = None
+        if check:
+            with clock.stage("verify"):
+                verification = _compare(graph, analysis, plan, kept, staged, dims, inputs, seed)
+                require(verification, path.name if path is not None else "the pruned model")
+        finished = None
+        if path is None:
+            finished = restore(graph, model)
+        else:
+            publish({f: path.with_name(f.name) for f in sorted(folder.iterdir(), reverse=True)})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    before = analysis.cost.totals(analysis.cost.full)
+    counts = analysis.coupling.solution.counts(kept)
+    numeric = [full if not isinstance(c, int) else c for c, full in zip(counts, analysis.cost.full, strict=True)]
+    after = analysis.cost.totals(numeric)
+    units = sum(len(g.removed) for g in plan.groups)
+    report = Report(
+        _change("macs", before, after),
+        _change("parameters", before, after),
+        Change(graph.file_bytes, size),
+        len(plan.groups),
+        units,
+        verification,
+        clock.seconds,
+        align,
+    )
+    return Result(finished, path, plan, report)
+
+
+def _change(metric: Metric, before: Mapping[Metric, float], after: Mapping[Metric, float]) -> Change:
+    return Change(before[metric], after[metric])
+
+
+def _compare(
+    graph: Graph,
+    analysis: Analysis,
+    plan: Plan,
+    kept: Mask,
+    pruned: ir.Model | Path,
+    dims: Mapping[str, int] | None,
+    inputs: str | os.PathLike[str] | None,
+    seed: int,
+) -> Verification:
+    exact = is_exact(analysis, kept)
+    reference = zeroed(graph.model, plan.removed) if exact else masked(analysis, kept)
+    feeds = load_feeds(Path(inputs), inputs_of(graph.model)) if inputs is not None else None
+    return compare(reference, pruned, exact=exact, seed=seed, dims=dims, feeds=feeds, original=graph.model)
+
+
+def is_exact(analysis: Analysis, kept: Mask) -> bool:
+    """Whether a removal touches exact groups only."""
+    return not any((~kept[g.positions]).any() for g in analysis.groups if not g.exact)
+
+
+__all__ = [
+    "Change",
+    "Report",
+    "Result",
+    "analyze",
+    "apply",
+    "choose",
+    "parse_min_keep",
+    "prune",
+    "verify",
+]

@@ -1,0 +1,389 @@
+"""Plan to smaller model: slice the weights, and let every number that depends on a size follow. Generic over rules.
+
+Values that the graph computes from a size keep their original value (1/sqrt(head size), counts of a mean): `Shape`
+nodes that read a pruned axis keep returning what they returned. Shape operands are then edited entry by entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from spa.axes import Axis
+from spa.groups import Analysis
+from spa.removal import Mask, changed_leaves, variants
+from spa.rules import Edit, Remap
+from spa.symbols import Size, coefficient, is_static
+
+
+def rewrite(analysis: Analysis, kept: Mask) -> ir.Model:
+    """A new model in which the positions outside `kept` are gone; the analysed model is not touched."""
+    return _Rewriter(analysis, kept).run()
+
+
+class _Rewriter:
+    def __init__(self, analysis: Analysis, kept: Mask) -> None:
+        self.analysis = analysis
+        self.coupling = analysis.coupling
+        self.solution = analysis.coupling.solution
+        self.kept = kept
+        self.changed = changed_leaves(self.solution, kept)
+        self.old: list[Size] = list(self.solution.leaf_size)
+        self.new = self.solution.counts(kept)
+        self.twin = Twin(self.coupling.model)
+
+    def run(self) -> ir.Model:
+        self._weights()
+        self._shape_readers()
+        self._pins()
+        self._edits()
+        for remap in self.coupling.relations.remaps:
+            if self._touched(remap.source) or self._touched(remap.target):
+                self._remap(remap)
+        self.twin.forget_shapes()
+        return self.twin.model
+
+    def _touched(self, axis: Axis) -> bool:
+        return self.solution.touched(axis, self.changed)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def _weights(self) -> None:
+        for value, tensor in self.coupling.weights.items():
+            groups = variants(self.analysis, value)
+            made: dict[tuple[bytes, ...], ir.Value | None] = {}
+            for uses, dims in groups:
+                masks = [self.solution.keep(d, self.kept) if self._touched(d) else None for d in dims]
+                key = tuple(b"" if m is None or m.all() else m.tobytes() for m in masks)
+                if not any(key) and len(groups) == 1:
+                    continue
+                if key not in made:
+                    sliced = slice_tensor(tensor, masks, value.name or "") if any(key) else tensor
+                    made[key] = self._place(value, sliced, first=not made)
+                replacement = made[key]
+                for node, slot in uses:
+                    self.twin.node(node).replace_input_with(slot, replacement)
+
+    def _place(self, value: ir.Value, tensor: ir.TensorProtocol, first: bool) -> ir.Value:
+        """Put a sliced tensor into the new model: in place of the original, or beside it."""
+        twin = self.twin.value(value)
+        if not first:
+            return self.twin.constant(tensor, f"{value.name}_spa", like=twin)
+        producer = twin.producer()
+        if producer is not None:
+            producer.attributes["value"] = ir.AttrTensor("value", tensor)
+        else:
+            twin.const_value = tensor
+        twin.shape = ir.Shape(tensor.shape.numpy())
+        return twin
+
+    # -- sizes read from tensors -------------------------------------------------------------------------------------
+
+    def _shape_readers(self) -> None:
+        for op in self.coupling.ops:
+            if op.node.op_type not in ("Shape", "Size") or op.node.domain not in ("", "ai.onnx"):
+                continue
+            source = op.node.inputs[0]
+            dims = self.coupling.dims(source) if source is not None else None
+            if dims is None or not any(self._touched(d) for d in dims):
+                continue
+            sizes = [(coefficient(self._old(d)), coefficient(self._new(d))) for d in dims]
+            if op.node.op_type == "Shape":
+                sizes = sizes[slice(op.attr("start", 0), op.attr("end", None))]
+            else:
+                sizes = [(int(np.prod([o for o, _ in sizes])), int(np.prod([n for _, n in sizes])))]
+            self._restore(op.node, sizes)
+
+    def _restore(self, node: ir.Node, sizes: Sequence[tuple[int, int]]) -> None:
+        """Make the readers of a `Shape` node see the original sizes."""
+        output = node.outputs[0]
+        if self._fold(output):
+            return
+        restored: ir.Value | None = None
+        for consumer, slot in list(output.uses()):
+            if all([self._fold(v) for v in consumer.outputs]):
+                continue
+            if restored is None:
+                restored = self._scaled(self.twin.value(output), [n for _, n in sizes], [o for o, _ in sizes])
+            self.twin.node(consumer).replace_input_with(slot, restored)
+        if output.is_graph_output():
+            raise AssertionError("graph outputs are frozen")
+
+    def _fold(self, value: ir.Value) -> bool:
+        """Replace a value that is known before run time by a constant; False if it is not."""
+        known = self.coupling.shapes.const(value)
+        if known is None or not all(isinstance(v, (int, np.integer, np.bool_, bool)) for v in known.reshape(-1)):
+            return False
+        dtype = self.coupling.shapes.dtype(value) or ir.DataType.INT64
+        tensor = ir.tensor(np.array(known.tolist()).reshape(known.shape).astype(dtype.numpy()))
+        twin = self.twin.value(value)
+        if not twin.is_graph_output():
+            constant = self.twin.constant(tensor, f"{value.name}_spa", like=twin)
+            twin.replace_all_uses_with(constant)
+        return True
+
+    def _scaled(self, value: ir.Value, divide: Sequence[int], multiply: Sequence[int]) -> ir.Value:
+        """value / divide * multiply, entry by entry, in exact integers."""
+        scalar = self.twin.rank_zero(value)
+        for op_type, numbers in (("Div", divide), ("Mul", multiply)):
+            array = np.array(numbers[0] if scalar else list(numbers), dtype=np.int64)
+            constant = self.twin.constant(ir.tensor(array), f"{value.name}_{op_type.lower()}", like=value)
+            value = self.twin.after(value, op_type, [value, constant])
+        return value
+
+    # -- numbers in attributes and operands --------------------------------------------------------------------------
+
+    def _old(self, *axes: Axis) -> Size:
+        return _total(self.solution.size(a, self.old) for a in axes)
+
+    def _new(self, *axes: Axis) -> Size:
+        return _total(self.solution.size(a, self.new) for a in axes)
+
+    def _pins(self) -> None:
+        for pin in self.coupling.relations.pins:
+            if self._touched(pin.axis):
+                node = self.twin.node(pin.node)
+                node.attributes[pin.attribute] = ir.AttrFloat32(pin.attribute, pin.value)
+
+    def _edits(self) -> None:
+        slots: dict[tuple[ir.Node, str | int], list[Edit]] = {}
+        for edit in self.coupling.relations.edits:
+            slots.setdefault((edit.node, edit.slot), []).append(edit)
+        for (node, slot), edits in slots.items():
+            if not any(self._touched(a) for e in edits for a in e.axes):
+                continue
+            if isinstance(slot, str):
+                self._edit_attribute(self.twin.node(node), slot, edits)
+            else:
+                self._edit_operand(node, slot, edits)
+
+    def _edit_attribute(self, node: ir.Node, name: str, edits: Sequence[Edit]) -> None:
+        if edits[0].entry is None:
+            node.attributes[name] = ir.AttrInt64(name, _int(self._new(*edits[0].axes)))
+            return
+        attribute = node.attributes.get(name)
+        entries = list(attribute.as_ints()) if attribute is not None else [0] * len(edits)
+        for edit in edits:
+            entries[edit.entry or 0] = _int(self._new(*edit.axes))
+        node.attributes[name] = ir.AttrInt64s(name, entries)
+
+    def _edit_operand(self, node: ir.Node, slot: int, edits: Sequence[Edit]) -> None:
+        twin = self.twin.node(node)
+        if slot >= len(node.inputs) or node.inputs[slot] is None:
+            # an implicit equal split becomes explicit
+            sizes = [_int(self._new(*e.axes)) for e in sorted(edits, key=lambda e: e.entry or 0)]
+            if slot >= len(twin.inputs):
+                twin.resize_inputs(slot + 1)
+            constant = self.twin.constant(ir.tensor(np.array(sizes, dtype=np.int64)), f"{node.name}_sizes", like=None)
+            twin.replace_input_with(slot, constant)
+            twin.attributes.pop("num_outputs", None)
+            return
+        original, current = node.inputs[slot], twin.inputs[slot]
+        assert original is not None and current is not None
+        entries = {e.entry or 0: (self._old(*e.axes), self._new(*e.axes)) for e in edits}
+        twin.replace_input_with(slot, self._patched(original, current, entries))
+
+    def _patched(self, original: ir.Value, current: ir.Value, entries: Mapping[int, tuple[Size, Size]]) -> ir.Value:
+        """The shape operand `current` (a copy of `original`) with some entries set from old to new sizes."""
+        entries = {k: sizes for k, sizes in entries.items() if sizes[0] != sizes[1]}
+        if not entries:
+            return current
+        known = self.coupling.shapes.const(original)
+        if known is not None and all(isinstance(v, (int, np.integer)) for v in known.reshape(-1)):
+            values = np.array([int(v) for v in known.reshape(-1)], dtype=np.int64)
+            for k, (_, new) in entries.items():
+                values[k] = _int(new)
+            dtype = self.coupling.shapes.dtype(original) or ir.DataType.INT64
+            array = values.reshape(known.shape).astype(dtype.numpy())
+            return self.twin.constant(ir.tensor(array), f"{original.name}_spa", like=current)
+        producer, twin = original.producer(), current.producer()
+        if producer is not None and twin is not None and producer.op_type == twin.op_type == "Concat":
+            return self._patched_concat(producer, twin, entries, current)
+        count = 1 if known is None else known.size
+        count = max(count, *(k + 1 for k in entries))
+        divide, multiply = [1] * count, [1] * count
+        for k, (old, new) in entries.items():
+            divide[k], multiply[k] = coefficient(old), coefficient(new)
+        return self._scaled(current, divide, multiply)
+
+    def _patched_concat(
+        self, producer: ir.Node, twin: ir.Node, entries: Mapping[int, tuple[Size, Size]], current: ir.Value
+    ) -> ir.Value:
+        """Edit the pieces of a concatenated shape."""
+        pieces: list[ir.Value | None] = []
+        start = 0
+        for original, piece in zip(producer.inputs, twin.inputs, strict=True):
+            shape = self.coupling.shapes.shape(original) if original is not None else None
+            width = int(shape[0]) if shape is not None and is_static(shape[0]) else 1  # type: ignore[arg-type]
+            inside = {k - start: sizes for k, sizes in entries.items() if start <= k < start + width}
+            assert original is not None and piece is not None
+            pieces.append(self._patched(original, piece, inside) if inside else piece)
+            start += width
+        return self.twin.after(current, "Concat", pieces, [ir.AttrInt64("axis", 0)])
+
+    # -- positions ---------------------------------------------------------------------------------------------------
+
+    def _remap(self, remap: Remap) -> None:
+        node = self.twin.node(remap.node)
+        source, target = self.solution.keep(remap.source, self.kept), self.solution.keep(remap.target, self.kept)
+        rank = np.cumsum(source) - 1
+        if remap.slot >= 0:
+            value = remap.node.inputs[remap.slot]
+            known = self.coupling.shapes.const(value) if value is not None else None
+            assert known is not None and value is not None
+            old = np.array([int(v) % len(source) for v in known.reshape(-1)], dtype=np.int64)
+            array = rank[old[target]]
+            node.replace_input_with(
+                remap.slot, self.twin.constant(ir.tensor(array), f"{value.name}_spa", like=node.inputs[remap.slot])
+            )
+            return
+        # a strided Slice keeps its survivors as a Gather
+        starts, axes, steps = (self._numbers(remap.node, s) for s in (1, 3, 4))
+        axis = axes[0] if axes else 0
+        ends = self._numbers(remap.node, 2)
+        step = steps[0]
+        stop = None if step < 0 and ends[0] < -len(source) else ends[0]
+        old = np.array(range(len(source))[slice(starts[0], stop, step)], dtype=np.int64)
+        data = node.inputs[0]
+        assert data is not None
+        index = self.twin.constant(ir.tensor(rank[old[target]]), f"{node.name}_index", like=data)
+        gathered = self.twin.after(data, "Gather", [data, index], [ir.AttrInt64("axis", axis)], before=node)
+        output = node.outputs[0]
+        output.replace_all_uses_with(gathered)
+
+    def _numbers(self, node: ir.Node, slot: int) -> list[int]:
+        value = node.inputs[slot] if slot < len(node.inputs) else None
+        known = self.coupling.shapes.const(value) if value is not None else None
+        return [] if known is None else [int(v) for v in known.reshape(-1)]
+
+
+def _total(sizes: object) -> Size:
+    total: Size = 0
+    for size in sizes:  # type: ignore[attr-defined]  # any iterable of sizes
+        total = total + size
+    return total
+
+
+def _int(size: Size) -> int:
+    assert isinstance(size, int), size
+    return size
+
+
+def slice_tensor(tensor: ir.TensorProtocol, masks: Sequence[Mask | None], name: str) -> ir.TensorProtocol:
+    """`tensor` with only the positions in `masks` (per axis, None keeps all); read and cut when it is written."""
+    picks = [(axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if mask is not None and not mask.all()]
+    shape = list(tensor.shape.numpy())
+    for axis, index in picks:
+        shape[axis] = len(index)
+
+    def cut() -> ir.TensorProtocol:
+        array = tensor.numpy()
+        # the axis that shrinks most goes first, so that the rest copies less
+        for axis, index in sorted(picks, key=lambda p: len(p[1]) / array.shape[p[0]]):
+            array = np.take(array, index, axis=axis)
+        return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=name)
+
+    return ir.LazyTensor(cut, tensor.dtype, ir.Shape(shape), name=name)
+
+
+class Twin:
+    """A copy of a model to edit, with a map from the original's nodes and values to the copy's."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model.clone()
+        self._nodes: dict[ir.Node, ir.Node] = {}
+        self._values: dict[ir.Value, ir.Value] = {}
+        self._names: set[str] = set()
+        self._pair(model.graph, self.model.graph)
+
+    def _pair(self, a: ir.Graph, b: ir.Graph) -> None:
+        self._values.update(zip(a.inputs, b.inputs, strict=True))
+        for name, value in a.initializers.items():
+            self._values[value] = b.initializers[name]
+        for x, y in zip(a, b, strict=True):
+            self._nodes[x] = y
+            self._values.update(zip(x.outputs, y.outputs, strict=True))
+            for name, attribute in x.attributes.items():
+                if attribute.type == ir.AttributeType.GRAPH:
+                    self._pair(attribute.as_graph(), y.attributes[name].as_graph())
+        self._names.update(v.name or "" for v in self._values)
+
+    def node(self, node: ir.Node) -> ir.Node:
+        """The copy of a node."""
+        return self._nodes[node]
+
+    def value(self, value: ir.Value) -> ir.Value:
+        """The copy of a value."""
+        return self._values[value]
+
+    def fresh(self, hint: str) -> str:
+        """A name no value has yet."""
+        name, k = hint, 1
+        while name in self._names:
+            k += 1
+            name = f"{hint}{k}"
+        self._names.add(name)
+        return name
+
+    def constant(self, tensor: ir.TensorProtocol, hint: str, like: ir.Value | None) -> ir.Value:
+        """A new constant in the main graph, visible in all subgraphs.
+
+        Before IR version 4 an initializer would also have to be a graph input, so it is a `Constant` node there.
+        """
+        del like
+        graph = self.model.graph
+        name = self.fresh(hint)
+        if self.model.ir_version >= 4:
+            value = ir.Value(
+                name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+            )
+            graph.register_initializer(value)
+            return value
+        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1, name=name)
+        node.outputs[0].name = name
+        first = next(iter(graph), None)
+        if first is None:
+            graph.append(node)
+        else:
+            graph.insert_before(first, node)
+        return node.outputs[0]
+
+    def after(
+        self,
+        value: ir.Value,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Sequence[ir.Attr] = (),
+        before: ir.Node | None = None,
+        domain: str = "",
+        outputs: int = 1,
+    ) -> ir.Value:
+        """A new node right behind the producer of `value` (or before `before`); returns its first output."""
+        name = self.fresh(f"{value.name}_{op_type.lower()}_spa")
+        node = ir.Node(domain, op_type, inputs, attributes, num_outputs=outputs, name=name)
+        for k, output in enumerate(node.outputs):
+            output.name = name if k == 0 else self.fresh(f"{name}_{k}")
+        producer = value.producer()
+        if before is not None:
+            assert before.graph is not None
+            before.graph.insert_before(before, node)
+        elif producer is not None and producer.graph is not None:
+            producer.graph.insert_after(producer, node)
+        else:
+            graph = value.graph if isinstance(value.graph, ir.Graph) else self.model.graph
+            graph.insert_before(next(iter(graph)), node)
+        return node.outputs[0]
+
+    def rank_zero(self, value: ir.Value) -> bool:
+        """Whether a value is known to be a scalar."""
+        return value.shape is not None and len(value.shape) == 0
+
+    def forget_shapes(self) -> None:
+        """Drop what was inferred for the original's values: sizes have changed."""
+        outputs = set(self.model.graph.outputs)
+        for node in self.model.graph.all_nodes():
+            for value in node.outputs:
+                if value not in outputs:
+                    value.shape = None

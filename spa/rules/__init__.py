@@ -1,0 +1,33 @@
+"""Knowledge about operators: one line of data each, by family. Importing this package registers all of them."""
+
+from __future__ import annotations
+
+from spa.rules import attention, control, elementwise, linear, movement, norm, quant, recurrent, reduce, reshape
+from spa.rules.base import Cost, Edit, Flow, Leaving, Op, Operand, Pin, Relations, Remap, Rule, Zero, lookup, register, table
+
+__all__ = [
+    "Cost",
+    "Edit",
+    "Flow",
+    "Leaving",
+    "Op",
+    "Operand",
+    "Pin",
+    "Relations",
+    "Remap",
+    "Rule",
+    "Zero",
+    "attention",
+    "control",
+    "elementwise",
+    "linear",
+    "lookup",
+    "movement",
+    "norm",
+    "quant",
+    "recurrent",
+    "reduce",
+    "register",
+    "reshape",
+    "table",
+]

@@ -1,0 +1,165 @@
+"""Operators that multiply and add: convolutions, matrix products, Einsum."""
+
+from __future__ import annotations
+
+from spa.rules.base import Op, Rule, Zero, register
+from spa.rules.notation import Attr, Einsum, einsum
+
+WEIGHTED = Zero(any_of=(0, 1), all_of=(2,))
+"""x W + b: zero where a factor and the bias are."""
+
+_CHANNEL = {"i": "channel", "o": "channel", "g": "channel"}
+_GROUPS = {"g": Attr("group", 1)}
+
+CONV = einsum(
+    "b (g i) ~, (g o) i ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~y", roles=_CHANNEL, **_GROUPS
+)
+register("Conv", CONV)
+register(
+    "ConvTranspose",
+    einsum("b (g i) ~, (g i) o ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~0", roles=_CHANNEL, **_GROUPS),
+)
+register(
+    "ConvInteger",
+    einsum("b (g i) ~, (g o) i ~, ~, (g o) -> b (g o) ~", macs="b g o i ~1 ~y", roles=_CHANNEL, **_GROUPS),
+)
+register(
+    "FusedConv",
+    einsum(
+        "b (g i) ~, (g o) i ~, (g o), b (g o) ~ -> b (g o) ~",
+        zero=Zero(any_of=(0, 1), all_of=(2, 3)),
+        macs="b g o i ~1 ~y",
+        roles=_CHANNEL,
+        **_GROUPS,
+    ),
+    domain="com.microsoft",
+)
+
+
+def _deform_conv(op: Op) -> None:
+    if op.attr("offset_group", 1) != 1:
+        op.freeze_all("DeformConv with several offset groups")
+    else:
+        text = "b (g i) ~, (g o) i ~, ~, (g o), ~ -> b (g o) ~"
+        Einsum(text, _GROUPS, macs="b g o i ~1 ~y", roles=_CHANNEL)(op)
+
+
+register("DeformConv", Rule(_deform_conv, "as Conv; frozen with several offset groups"))
+
+
+def _matmul_text(op: Op, left: str = "m k", right: str = "k n", extra: str = "") -> str | None:
+    a, b = op.input(0), op.input(1)
+    if a is None or b is None or not a.dims or not b.dims:
+        return None
+    x = "k" if len(a.dims) == 1 else f"... {left}"
+    y = "k" if len(b.dims) == 1 else f"... {right}"
+    out = ("..." if "..." in x + y else "") + ("" if x == "k" else " m") + ("" if y == "k" else " n")
+    return f"{x}, {y}{extra} -> {out}"
+
+
+def _roles(op: Op) -> dict[str, str]:
+    """Two activations: attention; one weight: neurons."""
+    a, b = op.input(0), op.input(1)
+    if a is not None and b is not None and not a.constant and not b.constant:
+        return {"...": "head", "k": "qk-dim", "n": "v-dim"}
+    return {"n": "neuron", "m": "neuron", "k": "neuron"}
+
+
+def _matmul(op: Op) -> None:
+    text = _matmul_text(op)
+    if text is None:
+        op.freeze_all("MatMul of a scalar")
+    else:
+        Einsum(text, macs="... m k n", roles=_roles(op))(op)
+
+
+register("MatMul", Rule(_matmul, "... m k, ... k n -> ... m n", WEIGHTED))
+
+
+def _matmul_integer(op: Op) -> None:
+    text = _matmul_text(op, extra=", ~, n")
+    if text is None:
+        op.freeze_all("MatMulInteger of a scalar")
+    else:
+        Einsum(text, macs="... m k n", roles=_roles(op))(op)
+
+
+register("MatMulInteger", Rule(_matmul_integer, "... m k, ... k n, ~, n -> ... m n"))
+
+
+def _matmul_integer_to_float(op: Op) -> None:
+    text = _matmul_text(op, extra=", ~, n, ~, n, n")
+    if text is None:
+        op.freeze_all("MatMulIntegerToFloat of a scalar")
+    else:
+        Einsum(text, macs="... m k n", roles=_roles(op))(op)
+
+
+register(
+    "MatMulIntegerToFloat",
+    Rule(_matmul_integer_to_float, "... m k, ... k n, ~, n, ~, n, n -> ... m n"),
+    domain="com.microsoft",
+)
+register(
+    "DynamicQuantizeMatMul",
+    einsum(
+        "... m k, k n, n, n, n -> ... m n",
+        leaving={"...": "stat", "m": "stat", "k": "stat"},
+        macs="... m k n",
+        roles={"k": "neuron", "n": "neuron"},
+    ),
+    domain="com.microsoft",
+)
+
+
+def _fused_matmul(op: Op) -> None:
+    text = None
+    if not op.attr("transBatchA", 0) and not op.attr("transBatchB", 0):
+        text = _matmul_text(op, "k m" if op.attr("transA", 0) else "m k", "n k" if op.attr("transB", 0) else "k n")
+    if text is None:
+        op.freeze_all("FusedMatMul with transposed batches or a scalar")
+    else:
+        Einsum(text, macs="... m k n", roles=_roles(op))(op)
+
+
+register("FusedMatMul", Rule(_fused_matmul, "... m k, ... k n -> ... m n, with transA, transB", WEIGHTED), domain="com.microsoft")
+
+
+def _gemm(op: Op) -> None:
+    left = "k m" if op.attr("transA", 0) else "m k"
+    right = "n k" if op.attr("transB", 0) else "k n"
+    bias = op.input(2)
+    third = ", n" if bias is not None and len(bias.dims) == 1 else ", m n"
+    Einsum(f"{left}, {right}{third} -> m n", macs="m k n", roles=_roles(op))(op)
+
+
+_GEMM = Rule(_gemm, "m k, k n, m n -> m n, with transA, transB", WEIGHTED)
+register("Gemm", _GEMM)
+register("GemmFastGelu FusedGemm", _GEMM, domain="com.microsoft")
+
+
+def _einsum(op: Op) -> None:
+    equation = str(op.attr("equation", "")).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    if not arrow:
+        op.freeze_all("Einsum without an explicit output")
+        return
+    if any(len(set(t.replace("...", ""))) < len(t.replace("...", "")) for t in left.split(",")):
+        op.freeze_all("Einsum with a repeated letter in one operand")
+        return
+
+    def spaced(term: str) -> str:
+        return " ".join("..." if c == "|" else c for c in term.replace("...", "|"))
+
+    text = ", ".join(spaced(t) for t in left.split(",")) + " -> " + spaced(right)
+    weights = [k for k, x in enumerate(op.inputs) if x is not None and x.constant]
+    contracted = set(left) - set(right) - set(",.")
+    role = "neuron" if weights else "qk-dim"
+    batch = {c: "head" for c in right if c.isalpha() and not weights and left.count(c) > 1}
+    free = {c: "v-dim" for c in right if c.isalpha() and not weights and left.count(c) == 1}
+    roles = {**{c: role for c in left if c.isalpha() and (weights or c in contracted)}, **batch, **free}
+    names = " ".join(dict.fromkeys(c for c in left if c.isalpha()))
+    Einsum(text, macs=f"... {names}" if "..." in left else names, roles=roles)(op)
+
+
+register("Einsum", Rule(_einsum, "its own equation", Zero(any_of=(0, 1))))

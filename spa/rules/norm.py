@@ -1,0 +1,97 @@
+"""Normalisations: a statistic over an axis makes its atoms `statistic` instead of `exact`."""
+
+from __future__ import annotations
+
+from spa.rules.base import Op, Rule, Zero, register
+from spa.rules.notation import Attr, Einsum, einsum
+
+SCALED = Zero(any_of=(1,), all_of=(2,))
+"""normalised * scale + bias: zero where scale and bias are."""
+
+_STAT = "stat"
+
+register(
+    "BatchNormalization",
+    einsum("b c ~, c, c, c, c -> b c ~, c, c, c, c", zero=SCALED, roles={"c": "channel"}),
+)
+# statistics run over the trailing dimensions, never over channels; GroupNorm is exported as this between reshapes
+register("InstanceNormalization", einsum("b c ..., c, c -> b c ...", zero=SCALED, leaving={"...": _STAT}))
+for _since, _scale in ((18, "g"), (21, "(g c)")):
+    register(
+        "GroupNormalization",
+        einsum(
+            f"b (g c) ~, {_scale}, {_scale} -> b (g c) ~", zero=SCALED, leaving={"c": _STAT}, g=Attr("num_groups")
+        ),
+        since=_since,
+    )
+
+
+def _layer_norm(op: Op) -> None:
+    x = op.input(0)
+    rank = len(x.dims) if x else 0
+    count = rank - int(op.attr("axis", -1)) % max(rank, 1)
+    names = [f"c{k}" for k in range(count)]
+    c, ones = " ".join(names), " ".join("1" for _ in names)
+    text = f"... {c}, {c}, {c} -> ... {c}, ... {ones}, ... {ones}"
+    Einsum(text, leaving=dict.fromkeys(names, _STAT), roles=dict.fromkeys(names, "hidden"))(op)
+
+
+_LAYER_NORM = Rule(_layer_norm, "... c, c, c -> ... c, with a statistic over c", SCALED)
+register("LayerNormalization RMSNormalization SimplifiedLayerNormalization", _LAYER_NORM)
+register("SimplifiedLayerNormalization", _LAYER_NORM, domain="com.microsoft")
+
+_HIDDEN = {"c": "hidden"}
+register(
+    "SkipLayerNormalization",
+    einsum(
+        "... c, ... c, c, c, c -> ... c, ... 1, ... 1, ... c",
+        zero=Zero(any_of=(2,), all_of=(3,)),
+        leaving={"c": _STAT},
+        roles=_HIDDEN,
+    ),
+    domain="com.microsoft",
+)
+register(
+    "SkipSimplifiedLayerNormalization",
+    einsum(
+        "... c, ... c, c, c -> ... c, ... 1, ... 1, ... c",
+        zero=Zero(any_of=(2,)),
+        leaving={"c": _STAT},
+        roles=_HIDDEN,
+    ),
+    domain="com.microsoft",
+)
+register(
+    "EmbedLayerNormalization",
+    einsum(
+        "~, ~, ~ c, ~ c, ~ c, c, c, ~, ~ -> ~ c, ~, ~ c",
+        zero=Zero(any_of=(5,), all_of=(6,)),
+        leaving={"c": _STAT},
+        roles=_HIDDEN,
+    ),
+    domain="com.microsoft",
+)
+
+
+def _over_axes(op: Op) -> None:
+    """LpNormalization, MeanVarianceNormalization: a statistic over the named axes, everything passes."""
+    x = op.input(0)
+    rank = len(x.dims) if x else 0
+    axes = op.attr("axes") or ([0, 2, 3] if op.node.op_type == "MeanVarianceNormalization" else [op.attr("axis", -1)])
+    normalised = {int(a) % rank for a in axes}
+    names = [f"d{k}" for k in range(rank)]
+    text = f"{' '.join(names)} -> {' '.join(names)}"
+    Einsum(text, leaving={n: _STAT for k, n in enumerate(names) if k in normalised})(op)
+
+
+register("LpNormalization MeanVarianceNormalization", Rule(_over_axes, "all axes pass, a statistic over `axes`"))
+
+
+def _lrn(op: Op) -> None:
+    x = op.input(0)
+    Einsum("... -> ...")(op)
+    if x is not None and len(x.dims) > 1:
+        op.freeze(x.dims[1], "LRN mixes neighbouring channels")
+
+
+register("LRN", Rule(_lrn, "all axes pass, the channel axis is frozen"))

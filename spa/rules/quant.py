@@ -1,0 +1,121 @@
+"""Quantised graphs: scales and zero points follow their channels; borders of blocks are respected."""
+
+from __future__ import annotations
+
+from spa.rules.base import FACTOR, NEVER, Op, Operand, Rule, Zero, register
+from spa.rules.notation import Attr, Einsum, einsum
+
+MS = "com.microsoft"
+
+
+def _quantize(op: Op) -> None:
+    x, scale = op.input(0), op.input(1)
+    if x is None or scale is None:
+        op.freeze_all(f"{op.node.op_type} of a tensor of unknown rank")
+        return
+    names = [f"d{k}" for k in range(len(x.dims))]
+    parts = scale_names = ""
+    block = int(op.attr("block_size", 0))
+    axis = int(op.attr("axis", 1)) % max(len(names), 1)
+    sizes: dict[str, Attr | int] = {}
+    if block and len(scale.dims) == len(names):
+        parts = " ".join("(n w)" if k == axis else n for k, n in enumerate(names))
+        scale_names = " ".join("n" if k == axis else n for k, n in enumerate(names))
+        sizes = {"w": Attr("block_size")}
+    else:
+        parts = " ".join(names)
+        scale_names = names[axis] if len(scale.dims) == 1 and scale.shape[0] != 1 else "~"
+    Einsum(f"{parts}, {scale_names}, {scale_names} -> {parts}", sizes)(op)
+
+
+def _symmetric(op: Op) -> Zero:
+    """Zero stays zero where the zero point is zero; a zero scale always gives zero."""
+    zeros = op.input(2)
+    known = zeros.const if zeros is not None else None
+    symmetric = zeros is None or (known is not None and not any(known.reshape(-1)))
+    if op.node.op_type == "QuantizeLinear":
+        return FACTOR if symmetric else NEVER
+    return Zero(any_of=(0, 1)) if symmetric else Zero(any_of=(1,))
+
+
+_QUANTIZE = Rule(_quantize, "... c ..., c, c -> ... c ..., per tensor, axis or block", _symmetric)
+register("QuantizeLinear DequantizeLinear", _QUANTIZE)
+register("QuantizeLinear DequantizeLinear", _QUANTIZE, domain=MS)
+# the scale is a statistic of the whole tensor
+register("DynamicQuantizeLinear", einsum("... -> ..., ~, ~", zero=NEVER, leaving={"...": "stat"}))
+
+_CHANNEL = {"i": "channel", "o": "channel", "g": "channel"}
+register(
+    "QLinearConv",
+    einsum(
+        "b (g i) ~, ~, ~, (g o) i ~, (g o), (g o), ~, ~, (g o) -> b (g o) ~",
+        zero=NEVER,
+        macs="b g o i ~3 ~y",
+        roles=_CHANNEL,
+        g=Attr("group", 1),
+    ),
+)
+_QLINEAR_MATMUL = einsum(
+    "... m k, ~, ~, ... k n, n, n, ~, ~ -> ... m n", zero=NEVER, macs="... m k n", roles={"n": "neuron", "k": "neuron"}
+)
+register("QLinearMatMul", _QLINEAR_MATMUL)
+register("QLinearAdd QLinearMul", einsum("..., ~, ~, ..., ~, ~, ~, ~ -> ...", zero=NEVER), domain=MS)
+register("QLinearSigmoid QLinearLeakyRelu", einsum("..., ~, ~, ~, ~ -> ...", zero=NEVER), domain=MS)
+register("QLinearGlobalAveragePool QLinearAveragePool", einsum("b c ~, ~, ~, ~, ~ -> b c ~", zero=NEVER), domain=MS)
+
+
+def _qgemm(op: Op) -> None:
+    left = "k m" if op.attr("transA", 0) else "m k"
+    right = "n k" if op.attr("transB", 0) else "k n"
+    Einsum(f"{left}, ~, ~, {right}, n, n, n, ~, ~ -> m n", macs="m k n", roles={"n": "neuron", "k": "neuron"})(op)
+
+
+register("QGemm", Rule(_qgemm, "m k, k n, n -> m n, quantised", NEVER), domain=MS)
+
+
+def _qlinear_concat(op: Op) -> None:
+    """Inputs are: output scale, output zero point, then (tensor, scale, zero point) each."""
+    y = op.output()
+    parts: list[Operand] = [x for x in op.inputs[2::3] if x is not None]
+    if y is None or len(parts) * 3 + 2 != len(op.inputs) or not all(p.dims for p in parts):
+        op.freeze_all("QLinearConcat of a tensor of unknown rank")
+        return
+    axis = int(op.attr("axis", 1)) % len(y.dims)
+    op.axes.cat(y.dims[axis], [x.dims[axis] for x in parts])
+    for x in parts:
+        for d, dim in enumerate(x.dims):
+            if d != axis:
+                op.axes.same(dim, y.dims[d])
+
+
+register("QLinearConcat", Rule(_qlinear_concat, "out axis = inputs laid end to end", NEVER), domain=MS)
+
+
+def _matmul_nbits(op: Op) -> None:
+    """B is [n, blocks of k, bytes of a block]: whole blocks of k may leave, and rows of n."""
+    scales, zeros = op.input(2), op.input(3)
+    block = int(op.attr("block_size"))
+    scale = "n q" if scales is not None and len(scales.dims) == 2 else "(n q)"
+    points = scale if zeros is not None and zeros.value.dtype == (scales.value.dtype if scales else None) else None
+    if points is None:
+        # packed zero points hold several blocks in a byte
+        points = ("n ~" if zeros is not None and len(zeros.dims) == 2 else "(n z)") if zeros is not None else "~"
+    bound = Einsum(
+        f"... m (q {block}), n q ~, {scale}, {points}, ~, n -> ... m n",
+        {"n": Attr("N"), "q": -(-int(op.attr("K")) // block)},
+        macs=f"... m q n {block}",
+        roles={"n": "neuron", "q": "neuron"},
+    ).bind(op)
+    if not bound:
+        return
+    if op.input(4) is not None or (zeros is not None and points != scale):
+        op.freeze(bound["q"], "packed zero points or group indices")
+    if "z" in bound:
+        op.freeze(bound["z"], "packed zero points")
+    inner = op.axes.leaf(block)
+    op.freeze(inner, "MatMulNBits needs whole blocks")
+    op.edit("K", None, op.axes.product_of((bound["q"], inner)))
+
+
+register("MatMulNBits", Rule(_matmul_nbits, "... m (q w), n q ~, n q -> ... m n, w the block", Zero(any_of=(0,))), domain=MS)
+

@@ -1,0 +1,299 @@
+"""Prove that the surgery is exact: the pruned model against a full-size reference that it must equal.
+
+Two references. `zeroed` needs no rule: the original model with exactly the slices of the plan set to zero; for exact
+plans. `masked` works for statistic atoms too: removed channels stay alive, and only where an operator sums over them
+(mean, normalise ...) their contribution is masked: zero in sums, survivors only in statistics.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from spa.errors import VerifyError
+from spa.feeds import runnable_feeds
+from spa.groups import Analysis
+from spa.plan import Removal
+from spa.removal import Mask, changed_leaves
+from spa.rewrite import Twin
+from spa.rules import Flow
+from spa.runtime import open_session, run
+from spa.store import save
+
+TOLERANCE = 1e-4
+"""Largest accepted relative error in float32: rounding in another order, nothing else."""
+HALF_TOLERANCE = 2e-2
+"""In float16 and bfloat16, whose rounding is 2^-11 and 2^-8 per operation."""
+
+Feeds = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a pruned model is from its reference."""
+
+    exact: bool
+    """The reference is the original with the plan's slices zeroed (else: masked, statistics over the survivors)."""
+    max_abs_error: float
+    """Largest absolute difference over all outputs."""
+    max_rel_error: float
+    """Largest difference of an output, divided by the largest magnitude in that output."""
+    tolerance: float
+    """Relative error that would still be accepted."""
+    outputs: int
+    """Outputs compared."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.max_rel_error <= self.tolerance
+
+
+def zeroed(model: ir.Model, removed: Sequence[Removal]) -> ir.Model:
+    """The original model with the slices of a plan set to zero; knows no rules."""
+    twin = Twin(model)
+    for removal in removed:
+        for value, uses in _targets(twin.model, removal):
+            producer = value.producer()
+            tensor = value.const_value if producer is None else producer.attributes["value"].as_tensor()
+            assert tensor is not None
+            blank = _zero_slices(tensor, removal)
+            if removal.consumers is None and producer is None:
+                value.const_value = blank
+            elif removal.consumers is None and producer is not None:
+                producer.attributes["value"] = ir.AttrTensor("value", blank)
+            else:
+                copy = twin.constant(blank, f"{value.name}_zeroed", like=value)
+                for node, slot in uses:
+                    node.replace_input_with(slot, copy)
+    return twin.model
+
+
+def _targets(model: ir.Model, removal: Removal) -> list[tuple[ir.Value, list[tuple[ir.Node, int]]]]:
+    """The initializer a removal names, and the uses it means (as they stand now)."""
+    found = []
+    wanted = None if removal.consumers is None else {(c.output, c.input) for c in removal.consumers}
+    for graph in model.graphs():
+        values = [*graph.initializers.values(), *(n.outputs[0] for n in graph if n.op_type == "Constant")]
+        for value in values:
+            if wanted is None and value.name == removal.initializer:
+                found.append((value, []))
+    if wanted is None:
+        return found
+    # a use may already read a copy made by an earlier removal along another axis
+    uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for graph in model.graphs():
+        for node in graph:
+            for slot, operand in enumerate(node.inputs):
+                if operand is not None and node.outputs and (node.outputs[0].name, slot) in wanted:
+                    uses.setdefault(operand, []).append((node, slot))
+    return list(uses.items())
+
+
+def _zero_slices(tensor: ir.TensorProtocol, removal: Removal) -> ir.TensorProtocol:
+    def blank() -> ir.TensorProtocol:
+        array = np.array(tensor.numpy())
+        array[(slice(None),) * removal.axis + (list(removal.indices),)] = 0
+        return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
+
+    return ir.LazyTensor(blank, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)
+
+
+def masked(analysis: Analysis, kept: Mask) -> ir.Model:
+    """The masked dense reference of a removal."""
+    return _Masker(analysis, kept).run()
+
+
+class _Masker:
+    def __init__(self, analysis: Analysis, kept: Mask) -> None:
+        self.coupling = analysis.coupling
+        self.solution = analysis.coupling.solution
+        self.kept = kept
+        self.changed = changed_leaves(self.solution, kept)
+        self.twin = Twin(self.coupling.model)
+        self.by_node = {op.node: op for op in self.coupling.ops}
+
+    def run(self) -> ir.Model:
+        restricted: dict[ir.Node, set[int]] = {}
+        for flow in self.coupling.relations.flows:
+            leaves = set(self.solution.leaves(flow.axis)) & self.changed
+            if not leaves or flow.leaving == "pass":
+                continue
+            slot = self._float_carrier(flow) if flow.leaving == "sum" else None
+            if slot is None:
+                restricted.setdefault(flow.node, set()).update(leaves)
+            else:
+                self._zero(flow.node, *slot, leaves)
+        for node, leaves in restricted.items():
+            self._restrict(node, leaves)
+        self.twin.forget_shapes()
+        return self.twin.model
+
+    def _float_carrier(self, flow: Flow) -> tuple[int, int] | None:
+        """The operand to zero: a floating-point one, a constant if there is one."""
+        op = self.by_node[flow.node]
+        found = []
+        for slot, d in flow.inputs:
+            operand = op.inputs[slot]
+            dtype = self.coupling.shapes.dtype(operand.value) if operand is not None else None
+            if operand is not None and dtype is not None and dtype.is_floating_point():
+                found.append((not operand.constant, slot, d))
+        return min(found)[1:] if found else None
+
+    def _mask_of(self, node: ir.Node, slot: int, d: int, leaves: set[int], output: bool = False) -> Mask:
+        op = self.by_node[node]
+        operand = (op.outputs if output else op.inputs)[slot]
+        assert operand is not None
+        return self.solution.keep(operand.dims[d], self._only(leaves))
+
+    def _only(self, leaves: set[int]) -> Mask:
+        """`kept`, with everything outside of `leaves` kept."""
+        out = np.ones_like(self.kept)
+        for leaf in leaves:
+            span = slice(self.solution.base[leaf], self.solution.base[leaf + 1])
+            out[span] = self.kept[span]
+        return out
+
+    def _zero(self, node: ir.Node, slot: int, d: int, leaves: set[int]) -> None:
+        """Zero the removed positions of one operand of a sum."""
+        op = self.by_node[node]
+        operand = op.inputs[slot]
+        assert operand is not None
+        shape = [1] * len(operand.dims)
+        mask = self._mask_of(node, slot, d, leaves)
+        shape[d] = len(mask)
+        twin = self.twin.node(node)
+        value = twin.inputs[slot]
+        assert value is not None
+        dtype = self.coupling.shapes.dtype(operand.value) or ir.DataType.FLOAT
+        alive = self.twin.constant(ir.tensor(mask.reshape(shape)), "mask", like=value)
+        zero = self.twin.constant(ir.Tensor(np.zeros((), dtype.numpy()), dtype=dtype), "zero", like=value)
+        twin.replace_input_with(slot, self.twin.after(value, "Where", [alive, value, zero], before=twin))
+
+    def _restrict(self, node: ir.Node, leaves: set[int]) -> None:
+        """Run one operator on the survivors only, and lay its outputs out at full size again."""
+        op = self.by_node[node]
+        twin = self.twin.node(node)
+        for slot, operand in enumerate(op.inputs):
+            for d, dim in enumerate(operand.dims if operand is not None else ()):
+                if self.solution.touched(dim, leaves):
+                    keep = np.flatnonzero(self._mask_of(node, slot, d, leaves))
+                    value = twin.inputs[slot]
+                    assert value is not None
+                    twin.replace_input_with(slot, self._gather(value, keep, d, before=twin))
+        for slot, operand in enumerate(op.outputs):
+            value = twin.outputs[slot]
+            for d, dim in enumerate(operand.dims if operand is not None else ()):
+                if self.solution.touched(dim, leaves):
+                    mask = self._mask_of(node, slot, d, leaves, output=True)
+                    value = self._spread(value, mask, d, twin.outputs[slot])
+
+    def _gather(self, value: ir.Value, index: NDArray[np.int64], axis: int, before: ir.Node) -> ir.Value:
+        constant = self.twin.constant(ir.tensor(index), "kept", like=value)
+        return self.twin.after(value, "Gather", [value, constant], [ir.AttrInt64("axis", axis)], before=before)
+
+    def _spread(self, value: ir.Value, mask: Mask, axis: int, output: ir.Value) -> ir.Value:
+        """Full-size axis again: survivors at their places, any survivor elsewhere (nobody may read it)."""
+        index = np.maximum(np.cumsum(mask) - 1, 0)
+        readers = list(value.uses())
+        constant = self.twin.constant(ir.tensor(index), "spread", like=value)
+        wide = self.twin.after(value, "Gather", [value, constant], [ir.AttrInt64("axis", axis)])
+        for node, slot in readers:
+            node.replace_input_with(slot, wide)
+        del output
+        return wide
+
+
+def compare(
+    reference: ir.Model | Path,
+    pruned: ir.Model | Path,
+    *,
+    exact: bool,
+    seed: int = 0,
+    dims: Mapping[str, int] | None = None,
+    feeds: Feeds | None = None,
+    original: ir.Model | None = None,
+    runs: int = 1,
+) -> Verification:
+    """Run both models on the same inputs and compare all outputs.
+
+    Args:
+        reference: full-size model the pruned one must equal.
+        pruned: the pruned model.
+        exact: what kind of reference it is, for the record.
+        seed: of the synthetic inputs.
+        dims: sizes of symbolic axes of the inputs.
+        feeds: inputs to use instead of synthetic ones.
+        original: where input bounds are read from (the reference if it is a model).
+        runs: how many synthetic inputs to compare.
+
+    Raises:
+        RuntimeFailure: one of the models does not run.
+    """
+    with tempfile.TemporaryDirectory(prefix="spa-verify-") as folder:
+        wide = open_session(_file(reference, Path(folder) / "reference.onnx"), threads=0)
+        slim = open_session(_file(pruned, Path(folder) / "pruned.onnx"), threads=0)
+        worst = Verification(exact, 0.0, 0.0, TOLERANCE, 0)
+        for k in range(runs if feeds is None else 1):
+            bounds = original if original is not None else reference if isinstance(reference, ir.Model) else pruned
+            assert feeds is not None or isinstance(bounds, ir.Model)
+            inputs = feeds if feeds is not None else runnable_feeds(bounds, wide, seed + k, dict(dims or {}))
+            worst = _worse(worst, measure(run(wide, inputs), run(slim, inputs), exact))
+        return worst
+
+
+def _worse(a: Verification, b: Verification) -> Verification:
+    return b if b.max_rel_error >= a.max_rel_error else a
+
+
+def _file(model: ir.Model | Path, path: Path) -> Path:
+    if isinstance(model, Path):
+        return model
+    save(model, path, external=False)
+    return path
+
+
+def measure(reference: Feeds, pruned: Feeds, exact: bool) -> Verification:
+    """Compare named outputs; infinities and NaNs must stand at the same places."""
+    absolute = relative = 0.0
+    tolerance = TOLERANCE
+    for name, a in reference.items():
+        b = pruned.get(name)
+        if b is None or a.shape != b.shape:
+            return Verification(exact, float("inf"), float("inf"), tolerance, len(reference))
+        if a.dtype.itemsize == 2 and a.dtype.kind not in "iub":
+            tolerance = HALF_TOLERANCE
+        if a.dtype.kind in "OUS":
+            difference = np.array([0.0 if np.array_equal(a, b) else 1.0])
+            scale = 1.0
+        else:
+            x, y = a.astype(np.float64), b.astype(np.float64)
+            same = (x == y) | (np.isnan(x) & np.isnan(y))
+            difference = np.where(same, 0.0, np.abs(x - y))
+            difference = np.nan_to_num(difference, nan=np.inf)
+            finite = np.abs(x[np.isfinite(x)])
+            scale = float(finite.max()) if finite.size else 0.0
+        error = float(difference.max()) if difference.size else 0.0
+        absolute = max(absolute, error)
+        relative = max(relative, error / scale if scale else error)
+    return Verification(exact, absolute, relative, tolerance, len(reference))
+
+
+def require(verification: Verification, name: str) -> None:
+    """Raise if a verification failed.
+
+    Raises:
+        VerifyError: the error is above the tolerance.
+    """
+    if not verification.passed:
+        raise VerifyError(
+            f"{name} differs from its reference by {verification.max_rel_error:.3g} of the output's magnitude "
+            f"(accepted: {verification.tolerance:g}); nothing was written, please report this model"
+        )

@@ -1,0 +1,17 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder with the recorded models: `SPA_DATA`, or `shared` beside the repository."""
+    root = Path(os.environ.get("SPA_DATA") or Path(__file__).parents[2] / "shared")
+    if not (root / "zoo" / "manifest.json").is_file():
+        pytest.skip(f"no recorded models in {root}; set SPA_DATA to their folder")
+    return root
