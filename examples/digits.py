@@ -1,8 +1,8 @@
 """Two small networks, really trained on scikit-learn's handwritten digits and exported to ONNX.
 
 The CNN is residual, has a depthwise block and keeps its BatchNormalization nodes (they are what `bn-scale` reads).
-The ViT has a fused qkv projection, a class token and a GELU MLP. Both recipes are ordinary; the CNN's strong weight decay
-costs no accuracy and lets channels that it does not need shrink, which is what pruning by magnitude hopes for.
+The ViT has a fused qkv projection, a class token and a GELU MLP. Both recipes are ordinary; the CNN's strong weight
+decay costs no accuracy and lets the channels that it does not need shrink, which pruning by magnitude hopes for.
 
     python examples/digits.py        # trains and exports both into examples/out/
 """
@@ -203,19 +203,17 @@ def make(name: str, path: Path, *, epochs: int | None = None, seed: int = 0) -> 
     return path
 
 
-def cached(name: str) -> Path:
-    """The trained network in `examples/out/`, made when it is missing or older than this file."""
-    path = OUT / f"{name}.onnx"
-    if not path.exists() or path.stat().st_mtime < Path(__file__).stat().st_mtime:
-        temporary = path.with_suffix(".tmp")
-        make(name, temporary).replace(path)
-    return path
-
-
 def trained() -> dict[str, Path]:
-    """Both trained networks; what is missing is trained in parallel, one process each."""
-    with ProcessPoolExecutor(len(RECIPES), mp_context=multiprocessing.get_context("spawn")) as pool:
-        return dict(zip(RECIPES, pool.map(cached, RECIPES), strict=True))
+    """Both trained networks in `examples/out/`; those missing or older than this file are made, in one process each."""
+    paths = {name: OUT / f"{name}.onnx" for name in RECIPES}
+    recipe_time = Path(__file__).stat().st_mtime
+    stale = [name for name, path in paths.items() if not path.exists() or path.stat().st_mtime < recipe_time]
+    if stale:
+        with ProcessPoolExecutor(len(stale), mp_context=multiprocessing.get_context("spawn")) as pool:
+            made = pool.map(make, stale, [paths[name].with_suffix(".tmp") for name in stale])
+            for name, temporary in zip(stale, made, strict=True):
+                temporary.replace(paths[name])
+    return paths
 
 
 def accuracy(model: Path | bytes) -> float:

@@ -77,6 +77,7 @@ class _Rewriter:
         else:
             twin.const_value = tensor
         twin.shape = ir.Shape(tensor.shape.numpy())
+        twin.type = ir.TensorType(tensor.dtype)
         return twin
 
     # -- sizes read from tensors -------------------------------------------------------------------------------------

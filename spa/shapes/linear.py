@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spa.sizes.basic import SHAPES as BASIC
-from spa.sizes.basic import joint
-from spa.sizes.op import Op, Result, Shape, Table, merge
-from spa.sizes.spatial import convolved
+from spa.shapes.basic import SHAPES as BASIC
+from spa.shapes.basic import joint
+from spa.shapes.op import Op, Result, Shape, Table, merge
+from spa.shapes.spatial import convolved
 from spa.symbols import Size, exact_div
 
 SHAPES = Table()
@@ -155,7 +155,7 @@ def _group_query(op: Op) -> Result:
     return [(q[0], q[1], op.fresh() if head is None else head * heads)]
 
 
-# --- fused operators of ONNX Runtime: the first output -----------------------------------------------------------------
+# --- fused operators of ONNX Runtime: the first output ----------------------------------------------------------------
 
 
 @SHAPES.rule("SkipLayerNormalization SkipSimplifiedLayerNormalization", MS)

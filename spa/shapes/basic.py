@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spa.sizes.op import Op, Result, Shape, Table, axis_of
-from spa.symbols import Size, broadcast
+from spa.shapes.op import Op, Result, Shape, Table, axis_of
+from spa.symbols import Size, Sym, broadcast, maximum, product
 
 SHAPES = Table()
 
@@ -63,6 +63,16 @@ SHAPES.add(
     _same,
 )
 SHAPES.add("Dropout", _same_all)
+
+
+@SHAPES.rule("ArrayFeatureExtractor", "ai.onnx.ml")
+def _extract(op: Op) -> Result:
+    x, index = op.shape(0), op.shape(1)
+    if not x or index is None:
+        return None
+    return (*(x[:-1] or (1,)), product(index))
+
+
 SHAPES.add("Scaler Normalizer Imputer Binarizer", _same, "ai.onnx.ml")
 
 
@@ -97,12 +107,11 @@ def _reduce(op: Op) -> Result:
     given = op.attr("axes") is not None or op.has(1)
     axes = op.ints(1, "axes")
     if given and axes is None:
-        count = op.shape(1)
         if keep:
             return tuple(d if d == 1 else op.fresh() for d in x)
-        if count is None or not isinstance(count[0] if count else None, int):
-            return None
-        return op.unknown(max(len(x) - count[0], 0)) if count[0] else None  # type: ignore[operator, arg-type]
+        count = op.shape(1)
+        gone = count[0] if count else None
+        return op.unknown(max(len(x) - gone, 0)) if isinstance(gone, int) and gone else None
     if not axes:
         return x if op.attr("noop_with_empty_axes", 0) else tuple(1 for _ in x) if keep else ()
     return _dropped(x, axes, keep)
@@ -184,13 +193,13 @@ def _random(op: Op) -> Result:
 @SHAPES.rule("Range")
 def _range(op: Op) -> Result:
     start, limit, delta = (op.items(k) for k in range(3))
-    if start and limit and delta and delta[0] == 1 and start[0] is not None and limit[0] is not None:
-        length = limit[0] - start[0]
-        if not isinstance(length, float):
-            return (op.size(length),) if not isinstance(length, int) else (max(length, 0),)
-    known = [items[0] for items in (start, limit, delta) if items and type(items[0]) is int]
-    if len(known) == 3 and known[2]:
-        return (len(range(known[0], known[1], known[2])),)
+    if not start or not limit or not delta:
+        return (op.fresh(),)
+    first, last, step = start[0], limit[0], delta[0]
+    if type(first) is int and type(last) is int and type(step) is int and step:
+        return (len(range(first, last, step)),)
+    if step == 1 and isinstance(first, int | Sym) and isinstance(last, int | Sym):
+        return (maximum(last - first, 0),)
     return (op.fresh(),)
 
 

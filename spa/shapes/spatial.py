@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from spa.sizes.op import Op, Result, Shape, Table
+from spa.shapes.op import Op, Result, Shape, Table
 from spa.symbols import Size, low, opaque
 
 SHAPES = Table()
@@ -144,8 +144,10 @@ def _resized_to(op: Op, x: Shape, axes: Sequence[int]) -> Shape:
     sizes = op.items(3)
     out = list(x)
     for n, axis in enumerate(axes):
-        known = sizes is not None and len(sizes) == len(axes) and op.attr("keep_aspect_ratio_policy", "stretch") == (
-            "stretch"
+        known = (
+            sizes is not None
+            and len(sizes) == len(axes)
+            and op.attr("keep_aspect_ratio_policy", "stretch") == ("stretch")
         )
         out[axis] = op.size(sizes[n]) if known and sizes is not None else op.fresh()
     return tuple(out)

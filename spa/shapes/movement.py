@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
-from spa.sizes.basic import joint, listed
-from spa.sizes.op import Item, Op, Result, Shape, Table, axis_of, merge
+from spa.shapes.basic import joint, listed
+from spa.shapes.op import Item, Op, Result, Shape, Table, axis_of, merge
 from spa.symbols import Size, Sym, broadcast, exact_div, low, maximum, minimum, product
 
 SHAPES = Table()
@@ -176,7 +175,8 @@ def slice_operands(op: Op) -> tuple[list[Item] | None, list[Item] | None, list[i
     """Starts, ends, axes (None: not known, or the first ones) and steps."""
     starts, ends = op.items(1, "starts"), op.items(2, "ends")
     axes = op.ints(3, "axes")
-    steps = op.items(4) if op.has(4) else [1] * len(axes if axes is not None else starts or ends or ())
+    ones: list[Item] = [1] * len(axes if axes is not None else starts or ends or ())
+    steps = op.items(4) if op.has(4) else ones
     return starts, ends, axes, steps
 
 
@@ -185,7 +185,7 @@ def span(size: Size, start: Item, end: Item, step: Item) -> Size | None:
     if type(step) is not int or step == 0 or isinstance(start, float) or isinstance(end, float):
         return None
     if isinstance(size, int) and isinstance(start, int) and isinstance(end, int):
-        return _static_span(size, start, end, step)
+        return len(positions(size, start, end, step))
     if step < 0:
         whole = step == -1 and start == -1 and isinstance(end, int) and end <= -_FAR
         return size if whole else None
@@ -196,13 +196,13 @@ def span(size: Size, start: Item, end: Item, step: Item) -> Size | None:
     return length if step == 1 else (length + step - 1) // step
 
 
-def _static_span(size: int, start: int, end: int, step: int) -> int:
-    """ONNX clamps as numpy does, but for a negative end it counts from the end once, also with a negative step."""
+def positions(size: int, start: int, end: int, step: int) -> range:
+    """What a slice picks. ONNX clamps as numpy does, but adds the size to a negative end whatever the step's sign."""
     first = start + size if start < 0 else start
     last = end + size if end < 0 else end
     if step > 0:
-        return len(range(min(max(first, 0), size), min(max(last, 0), size), step))
-    return len(range(min(max(first, 0), size - 1), min(max(last, -1), size - 1), step))
+        return range(min(max(first, 0), size), min(max(last, 0), size), step)
+    return range(min(max(first, 0), size - 1), min(max(last, -1), size - 1), step)
 
 
 def _position(size: Size, item: Item) -> Size | None:
@@ -312,8 +312,10 @@ def _pad(op: Op) -> Result:
         axis, left, right = axis_of(a, len(x)), pads[k], pads[k + len(axes)]
         if axis is None:
             return None
-        known = isinstance(left, int | Sym) and isinstance(right, int | Sym)
-        out[axis] = out[axis] + left + right if known else op.fresh()  # type: ignore[operator]
+        if isinstance(left, int | Sym) and isinstance(right, int | Sym):
+            out[axis] = out[axis] + left + right
+        else:
+            out[axis] = op.fresh()
     return tuple(out)
 
 
@@ -334,8 +336,3 @@ def _blocks(op: Op, sign: int) -> Shape | None:
     if sign > 0:
         return (x[0], x[1] // (block * block), x[2] * block, x[3] * block)
     return (x[0], x[1] * (block * block), x[2] // block, x[3] // block)
-
-
-def offsets(sizes: Sequence[int]) -> list[int]:
-    """Where parts laid end to end begin, and where the last one ends."""
-    return [0, *accumulate(sizes)]

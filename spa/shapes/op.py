@@ -20,10 +20,9 @@ MOST_INTS = 4096
 MOST_FLOATS = 64
 _MOST_UNKNOWN = 64
 
-INTS = frozenset(
-    getattr(ir.DataType, name) for name in "INT64 INT32 INT16 INT8 UINT64 UINT32 UINT16 UINT8 BOOL".split()
-)
-FLOATS = frozenset(getattr(ir.DataType, name) for name in "FLOAT DOUBLE FLOAT16 BFLOAT16".split())
+_T = ir.DataType
+INTS = frozenset((_T.INT64, _T.INT32, _T.INT16, _T.INT8, _T.UINT64, _T.UINT32, _T.UINT16, _T.UINT8, _T.BOOL))
+FLOATS = frozenset((_T.FLOAT, _T.DOUBLE, _T.FLOAT16, _T.BFLOAT16))
 BOOL = ir.DataType.BOOL
 
 
@@ -157,10 +156,10 @@ class Op:
         return self.fresh()
 
 
-Result: TypeAlias = Shape | None | list[Shape | None]
+Result: TypeAlias = Shape | list[Shape | None] | None
 """The shape of the only output, or one per output."""
 ShapeRule: TypeAlias = Callable[[Op], Result]
-ValueRule: TypeAlias = Callable[[Op], "Const | None | list[Const | None]"]
+ValueRule: TypeAlias = Callable[[Op], "Const | list[Const | None] | None"]
 Key: TypeAlias = tuple[str, str]
 """Domain and operator."""
 
