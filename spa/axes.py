@@ -63,6 +63,8 @@ class Axes:
     _parts: list[tuple[Axis, ...]] = field(default_factory=list)
     _takes: list[_Take] = field(default_factory=list)
     _freezes: list[tuple[Axis, Reason]] = field(default_factory=list)
+    mentioned: set[Axis] = field(default_factory=set)
+    """Axes that a relation named; whoever applies rules clears it, to find the axes a rule says nothing about."""
 
     # -- making axes -------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,7 @@ class Axes:
     def product_of(self, factors: Iterable[Axis]) -> Axis:
         """The row-major product of `factors`; factors of size 1 are left out, and must stay."""
         factors = tuple(factors)
+        self.mentioned.update(factors)
         kept = tuple(f for f in factors if self._size[f] != 1)
         for factor in factors:
             if self._size[factor] == 1:
@@ -85,6 +88,8 @@ class Axes:
 
     def concatenation_of(self, parts: Iterable[Axis]) -> Axis:
         """`parts` laid end to end; empty parts are dropped."""
+        parts = tuple(parts)
+        self.mentioned.update(parts)
         kept = tuple(p for p in parts if self._size[p] != 0)
         if len(kept) == 1:
             return kept[0]
@@ -116,14 +121,17 @@ class Axes:
 
     def take(self, axis: Axis, source: Axis, index: NDArray[np.int64]) -> None:
         """Position k of `axis` is position `index[k]` of `source` (`index` may repeat and may skip)."""
+        self.mentioned.update((axis, source))
         self._takes.append(_Take(axis, source, index))
 
     def freeze(self, axis: Axis, reason: Reason) -> None:
         """Nothing of `axis` may be removed."""
+        self.mentioned.add(axis)
         self._freezes.append((axis, reason))
 
     def same(self, a: Axis, b: Axis) -> None:
         """`a` and `b` are one index space; axes of different sizes are frozen instead."""
+        self.mentioned.update((a, b))
         pending = [(a, b)]
         while pending:
             a, b = (self._find(x) for x in pending.pop())

@@ -63,7 +63,9 @@ class Coupling:
             return False
         shape = self.shapes.shape(value)
         rule = self._rule_of.get(use[0])
-        return shape is not None and (len(shape) <= 1 or (rule is not None and rule.combines))
+        if shape is None or (rule is not None and rule.selects):
+            return False
+        return len(shape) <= 1 or (rule is not None and rule.combines)
 
     _rule_of: dict[ir.Node, Rule] = field(default_factory=dict)
 
@@ -89,6 +91,9 @@ def couple(model: ir.Model) -> Coupling:
                 coupling.constants.update(node.outputs)
     for node in nodes:
         _apply(coupling, node)
+    for value in weights:
+        for use in (None, *coupling.shared.get(value, ())):
+            coupling.dims(value, use)
     _freeze_border(coupling)
     coupling.solution = coupling.axes.solve()
     return coupling
@@ -112,8 +117,19 @@ def _apply(coupling: Coupling, node: ir.Node) -> None:
         op.freeze_all(f"{node.op_type} with a tensor of unknown rank")
     else:
         coupling.rules[len(coupling.ops)] = rule
+        coupling.axes.mentioned.clear()
         rule.apply(op)
+        _deny_rest(op)
     coupling.ops.append(op)
+
+
+def _deny_rest(op: Op) -> None:
+    """Freeze the dimensions a rule said nothing about."""
+    mentioned = op.axes.mentioned
+    for operand in (*op.inputs, *op.outputs):
+        for size, axis in zip(operand.shape, operand.dims, strict=True) if operand is not None else ():
+            if size != 1 and axis not in mentioned:
+                op.freeze(axis, f"{op.node.op_type} says nothing about this axis")
 
 
 def _operand(coupling: Coupling, value: ir.Value | None, use: Use | None) -> Operand | None:

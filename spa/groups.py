@@ -128,7 +128,7 @@ def analyze_model(model: ir.Model, dims: Mapping[str, int] | None = None, overhe
 
 def _members(coupling: Coupling) -> dict[int, list[Member]]:
     """Leaf -> the weight axes that contain it."""
-    roles = _roles(coupling)
+    roles = operand_roles(coupling)
     out: dict[int, list[Member]] = {}
     for value in coupling.weights:
         uses = coupling.shared.get(value, [])
@@ -145,7 +145,7 @@ def _members(coupling: Coupling) -> dict[int, list[Member]]:
     return out
 
 
-def _roles(coupling: Coupling) -> dict[tuple[ir.Node, int, int], str]:
+def operand_roles(coupling: Coupling) -> dict[tuple[ir.Node, int, int], str]:
     """(node, slot, dimension) -> role of the operand there."""
     costly = {cost.node for cost in coupling.relations.costs}
     out: dict[tuple[ir.Node, int, int], str] = {}
@@ -195,6 +195,8 @@ def _groups(
         counts = list(cost.full)
         every = cost.change(counts, {leaf: counts[leaf] - n * len(positions) for leaf, n in leaves.items()})
         one = cost.change(counts, {leaf: counts[leaf] - n for leaf, n in leaves.items()})
+        if not any(every.values()):
+            continue
         why = next((inexact[leaf] for leaf in leaves if leaf in inexact), "")
         out.append(
             Group(

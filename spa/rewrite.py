@@ -6,7 +6,7 @@ nodes that read a pruned axis keep returning what they returned. Shape operands 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -42,7 +42,7 @@ class _Rewriter:
         for remap in self.coupling.relations.remaps:
             if self._touched(remap.source) or self._touched(remap.target):
                 self._remap(remap)
-        self.twin.forget_shapes()
+        self._shapes()
         return self.twin.model
 
     def _touched(self, axis: Axis) -> bool:
@@ -79,6 +79,18 @@ class _Rewriter:
         twin.shape = ir.Shape(tensor.shape.numpy())
         twin.type = ir.TensorType(tensor.dtype)
         return twin
+
+    def _shapes(self) -> None:
+        """Bring recorded shapes up to date; runtimes insist on those of subgraph inputs."""
+        for value, twin in self.twin.pairs():
+            dims = self.coupling.dims(value) if value.shape is not None and value not in self.coupling.weights else None
+            if dims is None or value.shape is None or len(dims) != len(value.shape):
+                continue
+            new = [
+                size if not isinstance(size, int) or not self._touched(dim) else self._new(dim)
+                for size, dim in zip(value.shape, dims, strict=True)
+            ]
+            twin.shape = ir.Shape(new)  # type: ignore[arg-type]  # touched axes are static
 
     # -- sizes read from tensors -------------------------------------------------------------------------------------
 
@@ -260,9 +272,9 @@ class _Rewriter:
         return [] if known is None else [int(v) for v in known.reshape(-1)]
 
 
-def _total(sizes: object) -> Size:
+def _total(sizes: Iterable[Size]) -> Size:
     total: Size = 0
-    for size in sizes:  # type: ignore[attr-defined]  # any iterable of sizes
+    for size in sizes:
         total = total + size
     return total
 
@@ -318,6 +330,10 @@ class Twin:
     def value(self, value: ir.Value) -> ir.Value:
         """The copy of a value."""
         return self._values[value]
+
+    def pairs(self) -> Iterable[tuple[ir.Value, ir.Value]]:
+        """(value, its copy) for all values."""
+        return self._values.items()
 
     def fresh(self, hint: str) -> str:
         """A name no value has yet."""
@@ -380,11 +396,3 @@ class Twin:
     def rank_zero(self, value: ir.Value) -> bool:
         """Whether a value is known to be a scalar."""
         return value.shape is not None and len(value.shape) == 0
-
-    def forget_shapes(self) -> None:
-        """Drop what was inferred for the original's values: sizes have changed."""
-        outputs = set(self.model.graph.outputs)
-        for node in self.model.graph.all_nodes():
-            for value in node.outputs:
-                if value not in outputs:
-                    value.shape = None

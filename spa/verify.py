@@ -17,14 +17,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spa.errors import VerifyError
+from spa.errors import RuntimeFailure, VerifyError
 from spa.feeds import runnable_feeds
 from spa.groups import Analysis
 from spa.plan import Removal
 from spa.removal import Mask, changed_leaves
 from spa.rewrite import Twin
 from spa.rules import Flow
-from spa.runtime import open_session, run
+from spa.runtime import Session, open_session, run
 from spa.store import save
 
 TOLERANCE = 1e-4
@@ -133,7 +133,6 @@ class _Masker:
                 self._zero(flow.node, *slot, leaves)
         for node, leaves in restricted.items():
             self._restrict(node, leaves)
-        self.twin.forget_shapes()
         return self.twin.model
 
     def _float_carrier(self, flow: Flow) -> tuple[int, int] | None:
@@ -192,14 +191,14 @@ class _Masker:
             value = twin.outputs[slot]
             for d, dim in enumerate(operand.dims if operand is not None else ()):
                 if self.solution.touched(dim, leaves):
-                    mask = self._mask_of(node, slot, d, leaves, output=True)
-                    value = self._spread(value, mask, d, twin.outputs[slot])
+                    value.shape = None
+                    value = self._spread(value, self._mask_of(node, slot, d, leaves, output=True), d)
 
     def _gather(self, value: ir.Value, index: NDArray[np.int64], axis: int, before: ir.Node) -> ir.Value:
         constant = self.twin.constant(ir.tensor(index), "kept", like=value)
         return self.twin.after(value, "Gather", [value, constant], [ir.AttrInt64("axis", axis)], before=before)
 
-    def _spread(self, value: ir.Value, mask: Mask, axis: int, output: ir.Value) -> ir.Value:
+    def _spread(self, value: ir.Value, mask: Mask, axis: int) -> ir.Value:
         """Full-size axis again: survivors at their places, any survivor elsewhere (nobody may read it)."""
         index = np.maximum(np.cumsum(mask) - 1, 0)
         readers = list(value.uses())
@@ -207,7 +206,6 @@ class _Masker:
         wide = self.twin.after(value, "Gather", [value, constant], [ir.AttrInt64("axis", axis)])
         for node, slot in readers:
             node.replace_input_with(slot, wide)
-        del output
         return wide
 
 
@@ -219,7 +217,7 @@ def compare(
     seed: int = 0,
     dims: Mapping[str, int] | None = None,
     feeds: Feeds | None = None,
-    original: ir.Model | None = None,
+    original: ir.Model,
     runs: int = 1,
 ) -> Verification:
     """Run both models on the same inputs and compare all outputs.
@@ -231,22 +229,32 @@ def compare(
         seed: of the synthetic inputs.
         dims: sizes of symbolic axes of the inputs.
         feeds: inputs to use instead of synthetic ones.
-        original: where input bounds are read from (the reference if it is a model).
+        original: the model before pruning: its inputs, the sizes of its tables, its precision.
         runs: how many synthetic inputs to compare.
 
     Raises:
         RuntimeFailure: one of the models does not run.
     """
     with tempfile.TemporaryDirectory(prefix="spa-verify-") as folder:
-        wide = open_session(_file(reference, Path(folder) / "reference.onnx"), threads=0)
-        slim = open_session(_file(pruned, Path(folder) / "pruned.onnx"), threads=0)
-        worst = Verification(exact, 0.0, 0.0, TOLERANCE, 0)
+        wide = _open(reference, Path(folder) / "reference.onnx", "the original model")
+        slim = _open(pruned, Path(folder) / "pruned.onnx", "the pruned model")
+        tolerance = HALF_TOLERANCE if half_precision(original) else TOLERANCE
+        worst = Verification(exact, 0.0, 0.0, tolerance, 0)
         for k in range(runs if feeds is None else 1):
-            bounds = original if original is not None else reference if isinstance(reference, ir.Model) else pruned
-            assert feeds is not None or isinstance(bounds, ir.Model)
-            inputs = feeds if feeds is not None else runnable_feeds(bounds, wide, seed + k, dict(dims or {}))
-            worst = _worse(worst, measure(run(wide, inputs), run(slim, inputs), exact))
+            inputs = feeds if feeds is not None else runnable_feeds(original, wide, seed + k, dict(dims or {}))
+            worst = _worse(worst, measure(run(wide, inputs), run(slim, inputs), exact, tolerance))
         return worst
+
+
+def _open(model: ir.Model | Path, path: Path, name: str) -> Session:
+    try:
+        return open_session(_file(model, path))
+    except RuntimeFailure as error:
+        cause = str(error).rpartition("]: ")[2] or str(error)
+        raise RuntimeFailure(
+            f"{name} cannot be verified because ONNX Runtime does not load it ({cause.rstrip('.')}); "
+            "pass --no-verify (check=False) to go without the proof"
+        ) from None
 
 
 def _worse(a: Verification, b: Verification) -> Verification:
@@ -260,16 +268,21 @@ def _file(model: ir.Model | Path, path: Path) -> Path:
     return path
 
 
-def measure(reference: Feeds, pruned: Feeds, exact: bool) -> Verification:
+def half_precision(model: ir.Model) -> bool:
+    """Whether a model computes in float16 or bfloat16 anywhere."""
+    half = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    if any(v.dtype in half for graph in model.graphs() for v in graph.initializers.values()):
+        return True
+    return any(v.dtype in half for node in model.graph.all_nodes() for v in node.outputs)
+
+
+def measure(reference: Feeds, pruned: Feeds, exact: bool, tolerance: float = TOLERANCE) -> Verification:
     """Compare named outputs; infinities and NaNs must stand at the same places."""
     absolute = relative = 0.0
-    tolerance = TOLERANCE
     for name, a in reference.items():
         b = pruned.get(name)
         if b is None or a.shape != b.shape:
             return Verification(exact, float("inf"), float("inf"), tolerance, len(reference))
-        if a.dtype.itemsize == 2 and a.dtype.kind not in "iub":
-            tolerance = HALF_TOLERANCE
         if a.dtype.kind in "OUS":
             difference = np.array([0.0 if np.array_equal(a, b) else 1.0])
             scale = 1.0

@@ -156,10 +156,12 @@ class Op:
         role: str = "",
     ) -> None:
         """Record what this node does with `axis`."""
+        self.axes.mentioned.add(axis)
         self.relations.flows.append(Flow(self.node, axis, leaving, tuple(inputs), tuple(outputs), role))
 
     def edit(self, slot: str | int, entry: int | None, *axes: Axis) -> None:
         """Tie an attribute or operand entry to the size of `axes`."""
+        self.axes.mentioned.update(axes)
         self.relations.edits.append(Edit(self.node, slot, entry, axes))
 
     def remap(self, slot: int, source: Axis, target: Axis) -> None:
@@ -217,6 +219,8 @@ class Rule:
     zero: Zero | Callable[[Op], Zero] = NEVER
     divisors: tuple[int, ...] = ()
     """Inputs that must not be zeroed (denominators, logarithms): zero would turn into NaN."""
+    selects: bool = False
+    """Reads parts of its operand: a bias that several such uses share is one tensor, not an accident of export."""
     combines: bool = False
     """Combines several operands position by position: a constant shared by such uses is not tied by them."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from spa.axes import Axis
 from spa.rules.base import FACTOR, NEVER, Op, Operand, Rule, Zero, register
@@ -82,7 +83,7 @@ def _split(op: Op) -> None:
             op.freeze(operand.dims[axis], "Split at positions known only at run time")
 
 
-register("Split", Rule(_split, "in axis = outputs laid end to end", FACTOR))
+register("Split", Rule(_split, "in axis = outputs laid end to end", FACTOR, selects=True))
 
 
 def _slice(op: Op) -> None:
@@ -146,7 +147,7 @@ def _window(op: Op, source: Axis, target: Axis, size: int, start: int, stop: int
         op.edit(slots[1], k, before, target)
 
 
-register("Slice", Rule(_slice, "in axis = before, out, after; steps take single positions", FACTOR))
+register("Slice", Rule(_slice, "in axis = before, out, after; steps take single positions", FACTOR, selects=True))
 
 
 def _gather(op: Op) -> None:
@@ -161,6 +162,9 @@ def _gather(op: Op) -> None:
             _pair(op, x, d, y, d if d < axis else d - 1 + width, dim)
     positions = op.ints(1) if index.constant or index.const is not None else None
     size = x.shape[axis]
+    if width == 0 and positions in ([0], [-1]) and _only_measured(y.value):
+        op.axes.mentioned.add(x.dims[axis])  # both ends exist whatever is removed, and nobody reads the value
+        return
     if width != 1 or positions is None or None in positions or not isinstance(size, int):
         op.freeze(x.dims[axis], "Gather looks positions up")
         for d, dim in enumerate(index.dims):
@@ -177,7 +181,12 @@ def _gather(op: Op) -> None:
     op.remap(1, x.dims[axis], out)
 
 
-register("Gather", Rule(_gather, "constant indices take positions; looked-up axes are frozen", FACTOR))
+def _only_measured(value: ir.Value) -> bool:
+    """Whether only the shape of a value is read."""
+    return not value.is_graph_output() and all(n.op_type in ("Shape", "Size") for n, _ in value.uses())
+
+
+register("Gather", Rule(_gather, "constant indices take positions; looked-up axes are frozen", FACTOR, selects=True))
 
 
 def _elements(op: Op) -> None:

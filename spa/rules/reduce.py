@@ -6,7 +6,7 @@ from spa.rules.base import FACTOR, NEVER, Leaving, Op, Rule, register
 from spa.rules.notation import Einsum, einsum
 
 register(
-    "AveragePool GlobalAveragePool LpPool GlobalLpPool MaxPool GlobalMaxPool",
+    "AveragePool LpPool GlobalLpPool MaxPool GlobalMaxPool",
     einsum("b c ~ -> b c ~, b c ~", zero=FACTOR),
 )
 register("MaxRoiPool", einsum("~ c h w, ~ -> ~ c h w"))
@@ -20,6 +20,11 @@ _LEAVING: dict[str, Leaving] = {
     "ReduceL2": "sum",
     "ReduceSumSquare": "sum",
     "ReduceMean": "mean",
+    "ReduceMax": "stat",  # over the survivors
+    "ReduceMin": "stat",
+    "ReduceProd": "stat",
+    "ReduceLogSum": "stat",
+    "ReduceLogSumExp": "stat",
 }
 
 
@@ -55,7 +60,22 @@ def _reduce(op: Op) -> None:
 
 _REDUCE = Rule(_reduce, "kept axes pass, reduced axes are contracted", FACTOR)
 register("ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare", _REDUCE)
-register("ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp", Rule(_reduce, "kept axes pass, reduced are frozen"))
+register("ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp", Rule(_reduce, _REDUCE.text))
+
+
+def _global_average(op: Op) -> None:
+    """Usually over space, which is frozen elsewhere; after a Reshape it may be the mean of a normalisation."""
+    x, y = op.input(0), op.output()
+    if x is None or y is None:
+        return
+    for d, dim in enumerate(x.dims):
+        if d < 2:
+            op.axes.same(dim, y.dims[d])
+        else:
+            op.flow(dim, [(0, d)], leaving="mean")
+
+
+register("GlobalAveragePool", Rule(_global_average, "b c ~ -> b c ~, with a mean over ~", FACTOR))
 
 
 def _along(op: Op) -> None:
@@ -124,6 +144,8 @@ register("ReverseSequence", Rule(_reverse_sequence, "all axes pass but batch and
 
 def _nothing(op: Op) -> None:
     """Shape, Size: sizes are not coupled with the axes they are read from (the rewrite restores them)."""
+    x = op.input(0)
+    op.axes.mentioned.update(x.dims if x is not None else ())
 
 
 register("Shape Size", Rule(_nothing, "reads sizes; keeps returning the original ones", NEVER))
