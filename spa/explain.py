@@ -164,7 +164,7 @@ def coupling_graph(analysis: Analysis) -> nx.MultiGraph:
     coupling = analysis.coupling
     graph = nx.MultiGraph()
     joined = _Joined(analysis)
-    for op in coupling.ops:
+    for k, op in enumerate(coupling.ops):
         inputs, outputs = _places(coupling, op)
         spaces = {place: joined.leaves(dim) for place, dim in (*inputs, *outputs)}
         for place, leaves in spaces.items():
@@ -172,7 +172,9 @@ def coupling_graph(analysis: Analysis) -> nx.MultiGraph:
         for a, b in combinations(spaces, 2):
             if common := spaces[a] & spaces[b]:
                 graph.add_edge(a, b, key=op.node, node=op.node, leaves=common)
-        for a, b in _picked(joined, spaces, [p for p, _ in inputs], [p for p, _ in outputs]):
+        rule = coupling.rules.get(k)
+        selects = rule is not None and rule.selects
+        for a, b in _picked(joined, spaces, [p for p, _ in inputs], [p for p, _ in outputs], selects):
             graph.add_edge(a, b, key=op.node, node=op.node, leaves=joined.common(spaces[a], spaces[b]))
     return graph
 
@@ -200,15 +202,18 @@ def _places(coupling: Coupling, op: Op) -> tuple[list[tuple[Place, Axis]], list[
 
 
 def _picked(
-    joined: _Joined, spaces: dict[Place, frozenset[int]], inputs: list[Place], outputs: list[Place]
+    joined: _Joined, spaces: dict[Place, frozenset[int]], inputs: list[Place], outputs: list[Place], selects: bool
 ) -> Iterator[tuple[Place, Place]]:
-    """Axes that a node joins position by position: an output axis whose spaces no input has came from a joined one."""
+    """Axes that a node joins position by position: an input axis whose spaces end there, and the output axis that
+    begins there (an operator that selects also reads the output's space, from its indices).
+    """
     read = frozenset[int]().union(*(spaces[place] for place in inputs))
+    written = frozenset[int]().union(*(spaces[place] for place in outputs))
     for output in outputs:
-        if not spaces[output] & read:
-            for place in inputs:
-                if place != output and joined.common(spaces[output], spaces[place]):
-                    yield place, output
+        for place in inputs:
+            ends = spaces[place].isdisjoint(written) and (selects or spaces[output].isdisjoint(read))
+            if ends and place != output and joined.common(spaces[place], spaces[output]):
+                yield place, output
 
 
 class _Joined:

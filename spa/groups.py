@@ -195,8 +195,8 @@ def _groups(
         counts = list(cost.full)
         every = cost.change(counts, {leaf: counts[leaf] - n * len(positions) for leaf, n in leaves.items()})
         one = cost.change(counts, {leaf: counts[leaf] - n for leaf, n in leaves.items()})
-        if not any(every.values()):
-            continue
+        if not (every["parameters"] or every["macs"]):
+            continue  # a constant that only lends its shape
         why = next((inexact[leaf] for leaf in leaves if leaf in inexact), "")
         out.append(
             Group(
