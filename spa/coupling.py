@@ -70,10 +70,11 @@ class Coupling:
     _rule_of: dict[ir.Node, Rule] = field(default_factory=dict)
 
 
-def couple(model: ir.Model) -> Coupling:
+def couple(model: ir.Model, *, border: bool = True) -> Coupling:
     """Apply the rules to every node and solve.
 
-    Every operator without a rule, and every tensor of unknown rank, freezes what it touches.
+    Every operator without a rule, and every tensor of unknown rank, freezes what it touches. Without `border` the
+    inputs and outputs of the graph may shrink too: that is how a single operator is tested.
     """
     shapes = infer(model)
     weights = dict(_weights(model.graph))
@@ -94,7 +95,8 @@ def couple(model: ir.Model) -> Coupling:
     for value in weights:
         for use in (None, *coupling.shared.get(value, ())):
             coupling.dims(value, use)
-    _freeze_border(coupling)
+    if border:
+        _freeze_border(coupling)
     coupling.solution = coupling.axes.solve()
     return coupling
 
@@ -159,7 +161,7 @@ def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
             yield value, value.const_value
     for node in graph:
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and "value" in node.attributes:
-            yield node.outputs[0], node.attributes["value"].as_tensor()
+            yield node.outputs[0], node.attributes["value"].value
         for sub in _subgraphs(node):
             yield from _weights(sub)
 

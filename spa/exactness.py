@@ -20,8 +20,8 @@ def poisonous(coupling: Coupling) -> set[ir.Value]:
         op, rule = coupling.ops[k], coupling.rules.get(k)
         upstream = rule is not None and any(v in bad for v in op.node.outputs)
         for slot, value in enumerate(op.node.inputs):
-            if value in coupling.constants and (upstream or (rule is not None and slot in rule.divisors)):
-                bad.add(value)  # type: ignore[arg-type]  # None is not a constant
+            if value is not None and value in coupling.constants and (upstream or (rule is not None and slot in rule.divisors)):
+                bad.add(value)
     return bad
 
 

@@ -350,18 +350,19 @@ class _Explainer:
     def _ends(self, root: int, reason: Reason) -> set[Place]:
         """Where `root` may have been frozen for `reason`."""
         coupling = self.coupling
-        border = {"graph input": coupling.model.graph.inputs, "graph output": coupling.model.graph.outputs}
+        inputs = [value for value in coupling.model.graph.inputs if value not in coupling.weights]
+        border = {"graph input": inputs, "graph output": coupling.model.graph.outputs}
         found: list[tuple[Place, Axis]] = []
         if not reason.operator:
             for value in border.get(reason.text, ()):
                 found.extend((Place(value, d), dim) for d, dim in enumerate(coupling.dims(value) or ()))
         for op in coupling.ops:
             if reason.operator and (op.node.op_type, op.node.name or "") == (reason.operator, reason.node):
-                inputs, outputs = _places(coupling, op)
-                found += inputs + outputs
+                for side in _places(coupling, op):
+                    found += side
         return {place for place, dim in found if root in self.joined.leaves(dim)}
 
-    # -- what it is coupled with -----------------------------------------------------------------------------------------
+    # -- what it is coupled with ---------------------------------------------------------------------------------------
 
     @cached_property
     def roles(self) -> dict[tuple[ir.Node, int, int], str]:

@@ -100,9 +100,14 @@ class Analysis:
         return next((g for g in self.groups if g.name == name), None)
 
 
-def analyze_model(model: ir.Model, dims: Mapping[str, int] | None = None, overhead: int = 0) -> Analysis:
-    """Find the groups of `model`; `dims` binds symbolic axes for the cost, `overhead` is added to its bytes."""
-    coupling = couple(model)
+def analyze_model(
+    model: ir.Model, dims: Mapping[str, int] | None = None, overhead: int = 0, *, border: bool = True
+) -> Analysis:
+    """Find the groups of `model`; `dims` binds symbolic axes for the cost, `overhead` is added to its bytes.
+
+    `border`: the inputs and outputs of the graph keep their shapes.
+    """
+    coupling = couple(model, border=border)
     cost = CostModel(coupling, dims, overhead)
     poison = poisonous(coupling)
     inexact = inexact_leaves(coupling, poison)

@@ -44,8 +44,8 @@ STAGES = ("load", "analyze", "score", "plan", "rewrite", "verify", "save")
 class Change:
     """A quantity before and after."""
 
-    before: float
-    after: float
+    before: int
+    after: int
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,6 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """As `spa prune --json` prints it."""
         body = asdict(self)
-        for key in ("macs", "parameters", "bytes"):
-            body[key] = {k: round(v) for k, v in body[key].items()}
         body["seconds"] = {k: round(v, 4) for k, v in self.seconds.items()}
         return body
 
@@ -301,7 +299,7 @@ def _frozen_hint(analysis: Analysis) -> str:
 def _matches(group: Group, pattern: str) -> bool:
     names = {group.name, *(m.tensor for m in group.members)}
     for member in group.members:
-        names.update(node.name or "" for node, _ in ([member.use] if member.use else member.value.uses()))
+        names.update(node.name or "" for node, _ in ([member.use] if member.use is not None else member.value.uses()))
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
@@ -339,7 +337,7 @@ def _check_choices(scope: str, kinds: Sequence[str], align: Align) -> None:
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
-    if align != "auto" and (not isinstance(align, int) or align < 1):
+    if align != "auto" and align < 1:
         raise UsageError(f"align must be auto or a positive number, not {align!r}")
 
 
@@ -397,7 +395,7 @@ def _finish(
         if path is None:
             finished = restore(graph, model)
         else:
-            publish({f: path.with_name(f.name) for f in sorted(folder.iterdir(), reverse=True)})
+            publish({path.with_name(f.name): f for f in sorted(folder.iterdir(), reverse=True)})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     before = analysis.cost.totals(analysis.cost.full)
@@ -419,7 +417,7 @@ def _finish(
 
 
 def _change(metric: Metric, before: Mapping[Metric, float], after: Mapping[Metric, float]) -> Change:
-    return Change(before[metric], after[metric])
+    return Change(round(before[metric]), round(after[metric]))
 
 
 def _compare(

@@ -124,4 +124,4 @@ def _unkeep(solution: Solution, axis: Axis, mask: Mask, kept: Mask) -> None:
         return
     grid = mask.reshape(sizes)
     for k, part in enumerate(parts):
-        _unkeep(solution, part, grid.any(axis=tuple(j for j in range(len(parts)) if j != k)), kept)
+        _unkeep(solution, part, np.asarray(grid.any(axis=tuple(j for j in range(len(parts)) if j != k))), kept)

@@ -43,7 +43,7 @@ _LONGEST = 160
 class _Atom:
     """One unknown number: a named size, or an opaque expression of other sizes."""
 
-    __slots__ = ("args", "bottom", "key", "name", "op")
+    __slots__ = ("args", "bottom", "free", "key", "name", "op")
 
     def __init__(self, key: str, bottom: int | None, name: str = "", op: str = "", args: tuple[Size, ...] = ()) -> None:
         self.key = key
@@ -51,6 +51,8 @@ class _Atom:
         self.name = name
         self.op = op
         self.args = args
+        self.free: frozenset[str] | None = None
+        """Filled in when first asked for: an expression shares its parts, and may have exponentially many paths."""
 
 
 class Sym:
@@ -166,9 +168,10 @@ def _monomial(factor: int, atoms: Sequence[_Atom]) -> Size:
 
 
 def _free(atom: _Atom) -> frozenset[str]:
-    if not atom.op:
-        return frozenset((atom.name,))
-    return frozenset(n for arg in atom.args if isinstance(arg, Sym) for n in arg.free)
+    if atom.free is None:
+        inner = (n for arg in atom.args if isinstance(arg, Sym) for n in arg.free)
+        atom.free = frozenset(inner) if atom.op else frozenset((atom.name,))
+    return atom.free
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
@@ -236,21 +239,26 @@ def product(sizes: Iterable[Size]) -> Size:
 
 def bind(size: Size, values: Mapping[str, int]) -> int | None:
     """The number when each symbol has its value in `values`, None if one is missing or the result is undefined."""
-    if isinstance(size, int):
-        return size
+    return size if isinstance(size, int) else _bound(size, values, {})
+
+
+def _bound(size: Sym, values: Mapping[str, int], done: dict[str, int | None]) -> int | None:
     total = size._coefficient
     for atom in size._atoms:
-        if atom.op:
-            evaluate = _EVALUATE.get(atom.op)
-            args = [bind(arg, values) for arg in atom.args]
-            known = [a for a in args if a is not None]
-            value = evaluate(known) if evaluate is not None and len(known) == len(args) else None
-        else:
-            value = values.get(atom.name)
+        if atom.key not in done:
+            done[atom.key] = _evaluated(atom, values, done) if atom.op else values.get(atom.name)
+        value = done[atom.key]
         if value is None:
             return None
         total *= value
     return total
+
+
+def _evaluated(atom: _Atom, values: Mapping[str, int], done: dict[str, int | None]) -> int | None:
+    evaluate = _EVALUATE.get(atom.op)
+    args = [arg if isinstance(arg, int) else _bound(arg, values, done) for arg in atom.args]
+    known = [a for a in args if a is not None]
+    return evaluate(known) if evaluate is not None and len(known) == len(args) else None
 
 
 def _without(atoms: Sequence[_Atom], names: Iterable[str]) -> list[_Atom] | None:

@@ -78,7 +78,7 @@ def zeroed(model: ir.Model, removed: Sequence[Removal]) -> ir.Model:
 
 def _targets(model: ir.Model, removal: Removal) -> list[tuple[ir.Value, list[tuple[ir.Node, int]]]]:
     """The initializer a removal names, and the uses it means (as they stand now)."""
-    found = []
+    found: list[tuple[ir.Value, list[tuple[ir.Node, int]]]] = []
     wanted = None if removal.consumers is None else {(c.output, c.input) for c in removal.consumers}
     for graph in model.graphs():
         values = [*graph.initializers.values(), *(n.outputs[0] for n in graph if n.op_type == "Constant")]

@@ -31,7 +31,9 @@ class Criterion:
     def score(self, group: Group, evidence: Evidence, aggregation: Aggregation = "mean") -> Vector:
         """Importance of each unit, [units]; larger is kept longer."""
         rows = np.stack(self.members(group, evidence))
-        return {"sum": rows.sum, "mean": rows.mean, "max": rows.max}[aggregation](axis=0)  # type: ignore[no-any-return]
+        if aggregation == "max":
+            return np.asarray(rows.max(axis=0))
+        return np.asarray(rows.sum(axis=0) if aggregation == "sum" else rows.mean(axis=0))
 
 
 def normalise(scores: Mapping[str, Vector], groups: Sequence[Group], how: Normalisation) -> dict[str, Vector]:

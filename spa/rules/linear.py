@@ -12,16 +12,16 @@ _CHANNEL = {"i": "channel", "o": "channel", "g": "channel"}
 _GROUPS = {"g": Attr("group", 1)}
 
 CONV = einsum(
-    "b (g i) ~, (g o) i ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~y", roles=_CHANNEL, **_GROUPS
+    "b (g i) ~, (g o) i ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~y", roles=_CHANNEL, sizes=_GROUPS
 )
 register("Conv", CONV)
 register(
     "ConvTranspose",
-    einsum("b (g i) ~, (g i) o ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~0", roles=_CHANNEL, **_GROUPS),
+    einsum("b (g i) ~, (g i) o ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~0", roles=_CHANNEL, sizes=_GROUPS),
 )
 register(
     "ConvInteger",
-    einsum("b (g i) ~, (g o) i ~, ~, (g o) -> b (g o) ~", macs="b g o i ~1 ~y", roles=_CHANNEL, **_GROUPS),
+    einsum("b (g i) ~, (g o) i ~, ~, (g o) -> b (g o) ~", macs="b g o i ~1 ~y", roles=_CHANNEL, sizes=_GROUPS),
 )
 register(
     "FusedConv",
@@ -30,7 +30,7 @@ register(
         zero=Zero(any_of=(0, 1), all_of=(2, 3)),
         macs="b g o i ~1 ~y",
         roles=_CHANNEL,
-        **_GROUPS,
+        sizes=_GROUPS,
     ),
     domain="com.microsoft",
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from spa.rules.base import Op, Rule, Zero, register
+from spa.rules.base import Leaving, Op, Rule, Zero, register
 from spa.rules.notation import Attr, Einsum, einsum
 
 SCALED = Zero(any_of=(1,), all_of=(2,))
 """normalised * scale + bias: zero where scale and bias are."""
 
-_STAT = "stat"
+_STAT: Leaving = "stat"
 
 register(
     "BatchNormalization",
@@ -20,7 +20,7 @@ for _since, _scale in ((18, "g"), (21, "(g c)")):
     register(
         "GroupNormalization",
         einsum(
-            f"b (g c) ~, {_scale}, {_scale} -> b (g c) ~", zero=SCALED, leaving={"c": _STAT}, g=Attr("num_groups")
+            f"b (g c) ~, {_scale}, {_scale} -> b (g c) ~", zero=SCALED, leaving={"c": _STAT}, sizes={"g": Attr("num_groups")}
         ),
         since=_since,
     )

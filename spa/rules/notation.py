@@ -95,11 +95,11 @@ def einsum(
     leaving: Mapping[str, Leaving] | None = None,
     macs: str = "",
     roles: Mapping[str, str] | None = None,
-    **sizes: Attr | int,
+    sizes: Mapping[str, Attr | int] | None = None,
 ) -> Rule:
     """A rule from one line of notation."""
     parse(text)
-    return Rule(Einsum(text, sizes, leaving or {}, macs, roles or {}), text, zero or Zero(any_of=(0, 1), all_of=(2,)))
+    return Rule(Einsum(text, sizes or {}, leaving or {}, macs, roles or {}), text, zero or Zero(any_of=(0, 1), all_of=(2,)))
 
 
 class _Bound:

@@ -52,7 +52,7 @@ register(
         zero=NEVER,
         macs="b g o i ~3 ~y",
         roles=_CHANNEL,
-        g=Attr("group", 1),
+        sizes={"g": Attr("group", 1)},
     ),
 )
 _QLINEAR_MATMUL = einsum(

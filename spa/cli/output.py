@@ -1,0 +1,103 @@
+"""What the commands print: results on stdout, as tables or as one JSON object; progress and complaints on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+_PIPE_WIDTH = 160
+"""Columns when nobody looks: names should not be broken for a program that reads them."""
+_DOING = {
+    "load": "loading the model",
+    "analyze": "finding what can be pruned",
+    "score": "scoring",
+    "plan": "choosing what leaves",
+    "rewrite": "cutting",
+    "verify": "verifying against the masked original",
+    "save": "writing",
+}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console on the streams of this moment; names of tensors are never read as markup."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _PIPE_WIDTH
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def emit(body: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout; numbers that JSON does not have (infinities, NaN) become null."""
+    sys.stdout.write(json.dumps(_plain(body), indent=2, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print(f"spa: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def warn(message: str | None) -> None:
+    """One line on stderr, if there is anything to say."""
+    if message:
+        print(f"spa: warning: {' '.join(message.split())}", file=sys.stderr)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str], None]]:
+    """A callback that shows the name of each stage on stderr while it runs; nothing is shown where nobody looks."""
+    with console(stderr=True).status("starting") as status:
+        yield lambda stage: status.update(f"{_DOING.get(stage, stage)} ...")
+
+
+@contextmanager
+def rounds(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that shows a bar on stderr."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    shown = console(stderr=True)
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), title: str = "") -> Table:
+    """A table; columns named in `right` hold numbers."""
+    out = Table(title=title or None, title_justify="left", pad_edge=False)
+    for name in columns:
+        out.add_column(name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in right)
+    for row in rows:
+        out.add_row(*row)
+    return out
+
+
+def count(number: float) -> str:
+    """A number in thousands, millions ...: 1.23 M."""
+    for unit in ("", " K", " M", " G"):
+        if abs(number) < 999.5:
+            return f"{number:.0f}" if not unit else f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.4g} T"
+
+
+def size(number: float) -> str:
+    """A number of bytes: 1.23 MB."""
+    return count(number) + ("B" if number >= 999.5 else " B")
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"

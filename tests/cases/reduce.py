@@ -1,0 +1,47 @@
+"""Cases of reductions, pooling, and operators that run along an axis."""
+
+from __future__ import annotations
+
+from tests.law import case, each
+
+REDUCTIONS = "ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare ReduceMax ReduceMin ReduceProd"
+LOGS = "ReduceLogSum ReduceLogSumExp"
+
+CASES = [
+    *each(f"{REDUCTIONS} {LOGS}", "p:3x4x5 [1]", "?"),
+    *each(f"{REDUCTIONS} {LOGS}", "p:3x4x5 [-1,0]", "?", keepdims=0),
+    *each(f"{REDUCTIONS} {LOGS}", "p:3x4", "?"),
+    *each(f"{REDUCTIONS} {LOGS}", "p:3x4x5", "?", opset=11, axes=[1], keepdims=0),
+    case("ReduceSum", "3x4 []", "?", noop_with_empty_axes=1),
+    case("ReduceSum", "3x4", "?", noop_with_empty_axes=1),
+    case("ReduceMean", "3x4", "?", keepdims=0, noop_with_empty_axes=0),
+    case("ReduceSum", "3x4x5", "?", opset=11, axes=[-2]),
+    case("ReduceSum", "3x4 i64<2:1", "?"),
+    case("ReduceMax", "i64:3x4 [1]", "?"),
+    *each("AveragePool MaxPool", "2x4x5x5", "?", kernel_shape=[2, 2], strides=[1, 2]),
+    *each("AveragePool MaxPool", "2x4x6", "?", kernel_shape=[3], pads=[1, 1]),
+    case("AveragePool", "2x4x5x5", "?", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
+    case("LpPool", "2x4x5x5", "?", kernel_shape=[2, 2], p=2),
+    case("MaxPool", "2x4x5x5", "?", kernel_shape=[2, 2], outs="11"),
+    *each("GlobalAveragePool GlobalMaxPool GlobalLpPool", "2x4x3x5", "?"),
+    case("MaxRoiPool", "1x4x6x6 !f:2x5", "?", pooled_shape=[2, 2]),
+    case("RoiAlign", "2x4x6x6 p:3x4 i64<2:3", "?", output_height=2, output_width=2),
+    case("GridSample", "2x4x5x5 2x3x3x2", "?"),
+    *each("Softmax LogSoftmax Hardmax", "3x4x5", "?"),
+    *each("Softmax LogSoftmax Hardmax", "3x4x5", "?", axis=1),
+    *each("Softmax LogSoftmax Hardmax", "3x4x5", "?", opset=11),
+    *each("Softmax LogSoftmax", "3x4x5", "?", opset=11, axis=2),
+    *each("ArgMax ArgMin", "3x4x5", "?"),
+    *each("ArgMax ArgMin", "3x4x5", "?", axis=-1, keepdims=0),
+    *each("ArgMax ArgMin", "3x4x5", "?", axis=1, keepdims=0),
+    case("TopK", "3x4x5 [2]", "?", outs="11"),
+    case("TopK", "3x4x5 [2]", "?", axis=0, outs="11"),
+    case("CumSum", "3x4 {1}", "?"),
+    case("CumSum", "3x4x5 {-2}", "?", reverse=1, exclusive=1),
+    case("Trilu", "3x4x5", "?"),
+    case("Trilu", "3x4x5 {1}", "?", upper=0),
+    case("ReverseSequence", "3x4x5 [1,2,3,3]", "?"),
+    case("ReverseSequence", "3x4x5 [1,2,4]", "?", batch_axis=0, time_axis=1),
+    *each("Shape Size", "3x4", "?"),
+    case("Shape", "3x4x5", "?", start=1),
+]
