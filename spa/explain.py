@@ -36,6 +36,7 @@ __all__ = [
     "Step",
     "coupling_graph",
     "explain",
+    "inspection",
 ]
 
 _SINGLE = Reason("the only position of an axis")
@@ -148,6 +149,49 @@ def explain(source: Source | Graph | Analysis, tensor: str) -> Explanation:
     analysis = source if isinstance(source, Analysis) else analyze(source)
     value = _find(analysis.coupling.model, tensor)
     return _Explainer(analysis).run(value)
+
+
+def inspection(analysis: Analysis) -> dict[str, Any]:
+    """What can be pruned and what cannot, as `spa inspect --json` prints it."""
+    return {
+        "parameters": analysis.parameters,
+        "macs": round(analysis.macs),
+        "prunable_parameters": analysis.prunable_parameters,
+        "groups": [
+            {
+                "name": g.name,
+                "kind": g.kind,
+                "units": g.units,
+                "exact": g.exact,
+                "why": g.inexact,
+                "parameters": g.parameters,
+                "macs": round(g.macs),
+                "unit_parameters": round(g.unit_parameters),
+                "unit_macs": round(g.unit_macs),
+                "members": [
+                    {"tensor": m.tensor, "axis": m.axis, "role": m.role, "consumer": _consumer(m.use)}
+                    for m in g.members
+                ],
+            }
+            for g in analysis.groups
+        ],
+        "frozen": [
+            {
+                "tensor": f.tensor,
+                "axis": f.axis,
+                "reason": f.reason.text,
+                "operator": f.reason.operator,
+                "node": f.reason.node,
+                "parameters": f.parameters,
+            }
+            for f in analysis.frozen
+        ],
+    }
+
+
+def _consumer(use: Use | None) -> dict[str, Any] | None:
+    """The use that is meant, as a plan names it; None for all."""
+    return None if use is None else {"output": use[0].outputs[0].name or "", "input": use[1]}
 
 
 # -- the coupling graph ------------------------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ class Case:
     op: str
     """Operator, or `domain::Operator`."""
     operands: str
-    """Blank-separated: `2x3x4` random floats, `p:3` positive ones, `i64<5:2` integers below 5, `u8:2x3`, `bool:4`;
+    """Blank-separated: `2x3x4` random floats, `p:3` between 1.1 and 2, `f<1:3` between -0.9 and 0.9, `i64<5:2` integers below 5, `u8:2x3`, `bool:4`;
     `[1,2]` and `{3}` constants of rank 1 and 0; `()` a scalar; `-` absent; a leading `!` makes an initializer."""
     free: str
     """Dimensions with free positions, per input, then `>`, then per output: `01 0 > 1`; `-` for none."""
@@ -103,6 +103,11 @@ def case(op: str, operands: str, free: str, **options: Any) -> Case:
     """A case in one line; what is no field of `Case` is an attribute of the node."""
     fields = {k: options.pop(k) for k in ("opset", "outs", "tolerance", "zeros", "model") if k in options}
     return Case(op, operands, free, **fields, attributes=options)
+
+
+def each(ops: str, operands: str, free: str, *, domain: str = "", **options: Any) -> list[Case]:
+    """The same case for several operators."""
+    return [case(domain + op, operands, free, **options) for op in ops.split()]
 
 
 @dataclass(frozen=True)
@@ -191,14 +196,14 @@ def _operand(token: str, rng: np.random.Generator) -> tuple[Array, bool]:
     shape = () if body == "()" else tuple(int(n) for n in body.split("x"))
     dtype = np.dtype(TYPES[kind or "f"])
     if kind == "p":
-        array = rng.uniform(0.5, 2.0, shape)
+        array = rng.uniform(1.1, 2.0, shape)
     elif dtype.kind == "b":
         array = rng.random(shape) < 0.5
     elif dtype.kind in "iu":
         low, high = (0, int(below)) if below else (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize == 1 else (0, 9)
         array = rng.integers(low, high, shape)
     else:
-        array = rng.standard_normal(shape)
+        array = rng.uniform(-0.9, 0.9, shape) if below == "1" else rng.standard_normal(shape)
     return np.asarray(array).astype(dtype), bool(constant)
 
 

@@ -160,7 +160,7 @@ def _global(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, f
         q.taken += 1
         if q.taken < len(q.chunks):
             heapq.heappush(heap, (max(q.scores[q.taken], q.scores[q.taken - 1]), k))
-    _restore(cost, counts, costs, queues, limits)
+    _restore(cost, counts, costs, queues, limits, most=max((q.taken for q in queues), default=0))
     return costs
 
 
@@ -170,11 +170,12 @@ def _restore(
     costs: dict[Metric, float],
     queues: Sequence[_Queue],
     limits: Mapping[Target, float],
+    most: int,
 ) -> None:
-    """Put the most important chunks back while the targets still hold: the last step usually overshoots."""
+    """Put the most important chunks back (at most `most` per group) while the targets hold: the last step overshoots."""
     candidates = sorted((q for q in queues if q.taken), key=lambda q: -q.scores[q.taken - 1])
     for q in candidates:
-        while q.taken:
+        for _ in range(min(most, q.taken)):
             size = q.chunks[q.taken - 1]
             _shift(cost, counts, costs, q.group, -size)
             if not _met(costs, limits):
@@ -184,10 +185,11 @@ def _restore(
 
 
 def _uniform(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, float]) -> dict[Metric, float]:
-    """The smallest share that meets the targets, by bisection: costs fall with the share."""
+    """The smallest share that meets the targets, by bisection (costs fall with the share), up to one chunk per group."""
+    counts = list(cost.full)
 
     def at(share: float) -> dict[Metric, float]:
-        counts = list(cost.full)
+        counts[:] = cost.full
         for q in queues:
             wanted = share * q.group.units
             bounds = np.cumsum([0, *q.chunks])
@@ -200,7 +202,9 @@ def _uniform(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, 
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if _met(at(middle), limits) else (middle, high)
-    return at(high)
+    costs = at(high)
+    _restore(cost, counts, costs, queues, limits, most=1)
+    return costs
 
 
 def _unreachable(

@@ -79,7 +79,7 @@ def _run(argv: list[str]) -> int:
         status = app(argv, prog_name="spa", standalone_mode=False)
     except SpaError as error:
         return _fail(error.code, str(error), error.exit_status, json)
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):  # older versions of typer
         return _fail("interrupted", "interrupted", INTERRUPTED, json)
     except _CommandLineError as error:
         return _usage(error, json)
@@ -93,6 +93,8 @@ def _run(argv: list[str]) -> int:
         raise
     except Exception as error:
         return _internal(error, argv, json)
+    if status == INTERRUPTED:  # newer versions of typer
+        return _fail("interrupted", "interrupted", INTERRUPTED, json)
     return status if isinstance(status, int) else 0
 
 

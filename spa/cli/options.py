@@ -12,7 +12,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from spa.errors import OutputError, UsageError
+from spa.errors import OutputError, SpaError, UsageError
 
 Model: TypeAlias = Annotated[Path, typer.Argument(metavar="MODEL", help="ONNX file.", show_default=False)]
 Output: TypeAlias = Annotated[
@@ -73,7 +73,9 @@ def check_output(model: Path, output: Path, *others: Path | None) -> None:
             raise UsageError(f"{output}: is the input; write to another file, the input is never overwritten")
     data = output.with_name(output.name + ".data")
     if data.exists() and any(_same(data, used) for used in _external(model)):
-        raise UsageError(f"{output}: its external data {data.name!r} would overwrite that of {model}; choose another name")
+        raise UsageError(
+            f"{output}: its external data {data.name!r} would overwrite that of {model}; choose another name"
+        )
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -85,14 +87,13 @@ def _same(a: Path, b: Path) -> bool:
 
 def _external(model: Path) -> list[Path]:
     """Files with external data of a model; none if it cannot be read, which is reported later."""
-    from google.protobuf.message import DecodeError
+    import onnx_ir as ir
 
-    import onnx
+    from spa.signature import as_ir
 
-    with contextlib.suppress(OSError, ValueError, DecodeError):
-        graph = onnx.load_model(model, load_external_data=False).graph
-        entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
-        return [model.parent / entry.value for entry in entries if entry.key == "location"]
+    with contextlib.suppress(SpaError):
+        tensors = (v.const_value for graph in as_ir(model).graphs() for v in graph.initializers.values())
+        return [model.parent / t.location for t in tensors if isinstance(t, ir.ExternalTensor)]
     return []
 
 

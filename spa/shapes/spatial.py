@@ -119,6 +119,20 @@ def _roi_align(op: Op) -> Result:
     return (rois[0], x[1], op.attr("output_height", 1), op.attr("output_width", 1))
 
 
+@SHAPES.rule("STFT")
+def _stft(op: Op) -> Result:
+    # ONNX's own inference forgets that a one-sided spectrum is the default
+    x, step = op.shape(), op.ints(1)
+    window, length = op.shape(2), op.ints(3)
+    if x is None:
+        return op.unknown(4)
+    frame: Size | None = length[0] if length else window[0] if window and not op.has(3) else None
+    if frame is None:
+        return (x[0], op.fresh(), op.fresh(), 2)
+    bins = frame // 2 + 1 if op.attr("onesided", 1) else frame
+    return (x[0], (x[1] - frame) // step[0] + 1 if step and step[0] > 0 else op.fresh(), bins, 2)
+
+
 @SHAPES.rule("GridSample")
 def _grid_sample(op: Op) -> Result:
     x, grid = op.shape(0), op.shape(1)

@@ -1,0 +1,48 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from spa.cli.bench import bench
+from spa.cli.explain import explain
+from spa.cli.inspect import inspect
+from spa.cli.prune import apply, prune, verify
+from spa.cli.rules import rules
+from spa.version import __version__
+
+_STATUSES = (
+    "Exit status: 0 success, 1 error, 2 usage, 3 not a valid model, 4 unsupported model, 5 external data, 6 plan, "
+    "7 target cannot be reached, 8 verification failed, 9 ONNX Runtime cannot run the model, 10 output cannot be "
+    "written, 70 internal error, 130 interrupted."
+)
+
+app = typer.Typer(
+    name="spa",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Exact structured pruning of any neural network at the ONNX level.",
+    epilog=_STATUSES,
+)
+for command in (inspect, explain, prune, apply, verify, bench, rules):
+    app.command(epilog=_STATUSES)(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spa {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(2)

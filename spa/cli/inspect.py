@@ -1,0 +1,87 @@
+"""spa inspect: what can be pruned, what cannot, and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spa.cli import output
+from spa.cli.options import Dims, Json, Model, Verbose, read_dims
+
+if TYPE_CHECKING:
+    from spa.groups import Analysis, Frozen
+
+_SHOWN = 20
+"""Rows of frozen axes without --verbose."""
+
+
+def inspect(model: Model, dim: Dims = None, json: Json = False, verbose: Verbose = False) -> None:
+    """List the groups of a model: what can be pruned, what is frozen and why."""
+    from spa.explain import inspection
+    from spa.pipeline import analyze
+
+    with output.stages() as progress:
+        progress("analyze")
+        analysis = analyze(model, dims=read_dims(dim))
+    if json:
+        output.emit(inspection(analysis))
+    else:
+        _show(analysis, verbose)
+
+
+def _show(analysis: Analysis, verbose: bool) -> None:
+    screen = output.console()
+    screen.print(
+        output.table(
+            ("group", "kind", "units", "parameters", "MACs/unit", "exact"),
+            [
+                (
+                    g.name,
+                    g.kind,
+                    str(g.units),
+                    output.count(g.parameters),
+                    output.count(g.unit_macs),
+                    "exact" if g.exact else f"statistic: {g.inexact}",
+                )
+                for g in analysis.groups
+            ],
+            right=("units", "parameters", "MACs/unit"),
+        )
+        if analysis.groups
+        else "Nothing in this model can be pruned."
+    )
+    rows = analysis.frozen if verbose else [f for f in analysis.frozen if not _is_window(f)]
+    shown = rows if verbose else rows[:_SHOWN]
+    if shown:
+        screen.print()
+        screen.print(
+            output.table(
+                ("frozen", "axis", "parameters", "because"),
+                [(f.tensor, str(f.axis), output.count(f.parameters), because(f)) for f in shown],
+                right=("axis", "parameters"),
+            )
+        )
+    if len(rows) > len(shown):
+        screen.print(f"... and {len(rows) - len(shown)} more; --verbose or --json lists all")
+    exact = sum(g.exact for g in analysis.groups)
+    screen.print()
+    screen.print(
+        f"{output.count(analysis.parameters)} parameters, "
+        f"{output.share(analysis.prunable_parameters, analysis.parameters)} of them prunable; "
+        f"{output.count(analysis.macs)} MACs; "
+        f"{len(analysis.groups)} groups, {exact} exact"
+    )
+    if exact < len(analysis.groups):
+        screen.print(
+            "Groups that are not exact meet a statistic (mean, norm, softmax); `spa prune --scope all` takes them."
+        )
+
+
+def _is_window(frozen: Frozen) -> bool:
+    """Kernel windows and the like: true, and of no interest."""
+    return frozen.axis >= 2 and "reads this axis as a whole" in frozen.reason.text
+
+
+def because(frozen: Frozen) -> str:
+    """The reason with the node's name."""
+    reason = frozen.reason
+    return f"{reason.text} ({reason.operator} {reason.node})" if reason.node else reason.text

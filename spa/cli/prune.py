@@ -1,0 +1,254 @@
+"""spa prune, spa apply and spa verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from spa.cli import output
+from spa.cli.options import (
+    Dims,
+    Inputs,
+    Json,
+    Model,
+    NoVerify,
+    Output,
+    Seed,
+    Verbose,
+    check_output,
+    read_dims,
+    read_list,
+    text_file,
+)
+from spa.errors import UsageError, VerifyError
+
+if TYPE_CHECKING:
+    from spa.pipeline import Result
+    from spa.verify import Verification
+
+_SHOWN = 30
+"""Groups without --verbose."""
+
+PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.json", help="Plan written by `spa prune --plan`.")]
+
+
+def prune(
+    model: Model,
+    out: Output,
+    target: Annotated[
+        list[str],
+        typer.Option(
+            "--target",
+            metavar="METRIC=LIMIT",
+            help="At most: macs=0.6 (of the original), macs=2.0G, params=50%, size=10MB; repeatable, all must hold.",
+            show_default=False,
+        ),
+    ],
+    criterion: Annotated[str, typer.Option(help="How units are scored: random, l1, l2 or bn-scale.")] = "l2",
+    aggregation: Annotated[
+        Literal["sum", "mean", "max"], typer.Option(help="How the scores of a unit's members are joined.")
+    ] = "mean",
+    normalisation: Annotated[
+        Literal["none", "sum", "mean", "max", "gaussian", "isomorphic"],
+        typer.Option(help="How scores of different groups are made comparable."),
+    ] = "mean",
+    allocation: Annotated[
+        Literal["global", "uniform"],
+        typer.Option(help="Rank all units together, or take the same share of each group."),
+    ] = "global",
+    scope: Annotated[
+        Literal["exact", "all"],
+        typer.Option(help="Only units that leave exactly, or also those that meet a statistic."),
+    ] = "exact",
+    kinds: Annotated[
+        list[str] | None, typer.Option(metavar="KIND,...", help="Only these kinds: channel, head, neuron ...")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave groups alone whose name, tensors or nodes match; repeatable."),
+    ] = None,
+    align: Annotated[
+        str,
+        typer.Option(metavar="auto|N", help="Units kept per group are a multiple of this; auto: what kernels like."),
+    ] = "auto",
+    min_keep: Annotated[
+        str, typer.Option(metavar="N", help="Units kept per group at least: 4, 10%, or head=2,channel=8.")
+    ] = "1",
+    seed: Seed = 0,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="PLAN.json", help="Write the plan there, for `spa apply` and `spa verify`.")
+    ] = None,
+    dim: Dims = None,
+    inputs: Inputs = None,
+    no_verify: NoVerify = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Prune a model until it meets its targets, prove that the surgery is exact, and write it."""
+    from spa.pipeline import prune as run
+    from spa.runtime import check_installation
+
+    check_output(model, out, inputs)
+    if not no_verify:
+        output.warn(check_installation())
+    with text_file(plan, model, out) as write, output.stages() as progress:
+        result = run(
+            model,
+            target=target,
+            output=out,
+            criterion=criterion,
+            aggregation=aggregation,
+            normalisation=normalisation,
+            allocation=allocation,
+            scope=scope,
+            kinds=read_list(kinds),
+            ignore=ignore or (),
+            align=_align(align),
+            min_keep=min_keep,
+            seed=seed,
+            dims=read_dims(dim),
+            inputs=inputs,
+            check=not no_verify,
+            progress=progress,
+        )
+        write(result.plan.to_json())
+    if json:
+        output.emit(_json(result, plan))
+        return
+    _show(result, model, verbose)
+    if plan is not None:
+        output.console().print(f"plan: {plan}", soft_wrap=True)
+
+
+def apply(
+    model: Model,
+    plan: PlanArgument,
+    out: Output,
+    dim: Dims = None,
+    inputs: Inputs = None,
+    no_verify: NoVerify = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Cut a model as a plan says: the same plan gives the same bytes on any machine."""
+    from spa.pipeline import apply as run
+
+    check_output(model, out, plan, inputs)
+    with output.stages() as progress:
+        result = run(
+            model, plan, output=out, dims=read_dims(dim), inputs=inputs, check=not no_verify, progress=progress
+        )
+    if json:
+        output.emit(_json(result, plan))
+    else:
+        _show(result, model, verbose)
+
+
+def verify(
+    model: Model,
+    pruned: Annotated[Path, typer.Argument(metavar="OUT", help="The pruned model.")],
+    plan: Annotated[Path, typer.Option(metavar="PLAN.json", help="Plan that made OUT from MODEL.", show_default=False)],
+    seed: Seed = 0,
+    dim: Dims = None,
+    inputs: Inputs = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare a pruned model with the reference that its plan defines on the original."""
+    from spa.pipeline import verify as run
+
+    with output.stages() as progress:
+        progress("verify")
+        found = run(model, pruned, plan, seed=seed, dims=read_dims(dim), inputs=inputs)
+    body: dict[str, Any] = {**_verification(found), "passed": found.passed}
+    if found.passed:
+        output.emit(body) if json else output.console().print(_proof(found), soft_wrap=True)
+        return
+    message = (
+        f"{pruned} differs from its reference by {found.max_rel_error:.3g} of the output's magnitude "
+        f"(accepted: {found.tolerance:g}); it is not what {plan} makes of {model}"
+    )
+    output.complain(message)
+    if json:
+        output.emit({**body, "error": {"code": VerifyError.code, "message": message}})
+    raise typer.Exit(VerifyError.exit_status)
+
+
+def _align(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal():
+        raise UsageError(f"--align: cannot read {text!r}; write auto or a number such as 8")
+    return int(text)
+
+
+def _verification(found: Verification) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(found)
+
+
+def _json(result: Result, plan: Path | None) -> dict[str, Any]:
+    return {
+        **result.report.to_json(),
+        "output": str(result.output),
+        "plan": None if plan is None else str(plan),
+    }
+
+
+def _show(result: Result, model: Path, verbose: bool) -> None:
+    screen = output.console()
+    report = result.report
+    rows = [
+        ("MACs", output.count(report.macs.before), output.count(report.macs.after), report.macs),
+        (
+            "parameters",
+            output.count(report.parameters.before),
+            output.count(report.parameters.after),
+            report.parameters,
+        ),
+        ("file", output.size(report.bytes.before), output.size(report.bytes.after), report.bytes),
+    ]
+    columns = ("", "before", "after", "kept")
+    cells = [(name, before, after, output.share(c.after, c.before)) for name, before, after, c in rows]
+    screen.print(output.table(columns, cells, right=columns[1:]))
+    groups = sorted(result.plan.groups, key=lambda g: -len(g.removed))
+    shown = groups if verbose else groups[:_SHOWN]
+    screen.print()
+    screen.print(
+        output.table(
+            ("group", "kind", "units", "left", "exact"),
+            [
+                (g.name, g.kind, str(g.units), str(g.units - len(g.removed)), "exact" if g.exact else "statistic")
+                for g in shown
+            ],
+            right=("units", "left"),
+        )
+    )
+    if len(shown) < len(groups):
+        screen.print(f"... and {len(groups) - len(shown)} more groups; --verbose lists all")
+    screen.print(f"{report.removed_units} units removed from {report.groups} groups")
+    if report.align != "auto":
+        screen.print(f"kept units are a multiple of {report.align}")
+    screen.print()
+    proof = "not verified" if report.verify is None else _proof(report.verify)
+    screen.print(proof, soft_wrap=True)
+    screen.print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in report.seconds.items()))
+    screen.print(f"wrote {result.output}", soft_wrap=True)
+    advice = f"Fewer MACs are not automatically faster: measure with `spa bench {quote(str(model))} {quote(str(result.output))}`."
+    screen.print(advice, soft_wrap=True)
+
+
+def _proof(found: Verification) -> str:
+    reference = (
+        "the original with the removed slices zeroed"
+        if found.exact
+        else "the masked original, its statistics taken over what is left"
+    )
+    return (
+        f"proof: the pruned model equals {reference}: max relative error {found.max_rel_error:.1e} "
+        f"(accepted: {found.tolerance:.0e})"
+    )

@@ -1,0 +1,46 @@
+"""Cases of quantised operators."""
+
+from __future__ import annotations
+
+from tests.law import QUANTISED, case
+
+MS = "com.microsoft::"
+
+CASES = [
+    case("QuantizeLinear", "3x4 {0.1} u8:{7}", "?", tolerance=QUANTISED),
+    case("QuantizeLinear", "3x4 {0.1} u8:{0}", "?"),
+    case("QuantizeLinear", "3x4 {0.1}", "?"),
+    case("QuantizeLinear", "3x4x5 p:4 u8:4", "?"),
+    case("QuantizeLinear", "3x4x5 p:3 i8:3", "?", axis=0),
+    case("QuantizeLinear", "3x8 p:3x2 u8:3x2", "?", axis=1, block_size=4),
+    case("DequantizeLinear", "u8:3x4 {0.1} u8:{7}", "?"),
+    case("DequantizeLinear", "u8:3x4 {0.1}", "?"),
+    case("DequantizeLinear", "i8:3x4x5 p:4 i8:4", "?"),
+    case("DequantizeLinear", "i8:3x4 p:4", "?"),
+    case("DequantizeLinear", "u8:3x4 p:3 u8:3", "?", axis=0),
+    case("DequantizeLinear", "u8:8x3 p:2x3 u8:2x3", "?", axis=0, block_size=4),
+    case(MS + "QuantizeLinear", "3x4x5 p:4 u8:4", "?", axis=1),
+    case(MS + "DequantizeLinear", "u8:3x4x5 p:4 u8:4", "?", axis=1),
+    case(MS + "DequantizeLinear", "u8:3x4 {0.1} u8:{7}", "?"),
+    case("DynamicQuantizeLinear", "3x4", "?", outs="111"),
+    case("QLinearConv", "u8:2x4x5x5 {0.1} u8:{7} u8:6x4x3x3 {0.2} u8:{9} {4.0} u8:{3}", "?", zeros={0: 7, 3: 9}),
+    case("QLinearConv", "u8:2x6x5x5 {0.1} u8:{7} i8:8x3x3x3 p:8 i8:[0,0,0,0,0,0,0,0] {4.0} u8:{3} i32:8", "?", group=2, zeros={0: 7}),
+    case("QLinearMatMul", "u8:3x4 {0.1} u8:{7} u8:4x5 {0.1} u8:{9} {4.0} u8:{3}", "?", zeros={0: 7, 3: 9}),
+    case("QLinearMatMul", "u8:2x3x4 {0.1} u8:{7} i8:4x5 p:5 i8:5 {4.0} u8:{3}", "?", zeros={0: 7}),
+    case(MS + "QLinearAdd", "u8:3x4 {0.1} u8:{7} u8:4 {0.1} u8:{9} {0.2} u8:{3}", "?"),
+    case(MS + "QLinearMul", "u8:3x4 {0.1} u8:{7} u8:3x4 {0.1} u8:{9} {2.0} u8:{3}", "?"),
+    case(MS + "QLinearSigmoid", "u8:3x4 {0.1} u8:{7} {0.01} u8:{3}", "?"),
+    case(MS + "QLinearLeakyRelu", "u8:3x4 {0.1} u8:{7} {0.1} u8:{3}", "?", alpha=0.1),
+    case(MS + "QLinearGlobalAveragePool", "u8:2x4x3x3 {0.1} u8:{7} {0.1} u8:{3}", "?"),
+    case(MS + "QLinearAveragePool", "u8:2x4x4x4 {0.1} u8:{7} {0.1} u8:{3}", "?", kernel_shape=[2, 2]),
+    case(MS + "QGemm", "u8:3x4 {0.1} u8:{7} u8:4x5 {0.1} u8:{9} i32:5 {4.0} u8:{3}", "?", alpha=1.0, zeros={0: 7, 3: 9}),
+    case(MS + "QGemm", "u8:3x4 {0.1} u8:{7} i8:5x4 p:5 i8:5", "?", transB=1, zeros={0: 7}),
+    case(MS + "QLinearConcat", "{0.2} u8:{3} u8:2x3 {0.1} u8:{7} u8:2x4 {0.1} u8:{9}", "?", axis=1),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4", "?", K=64, N=5, bits=4, block_size=16),
+    case(MS + "MatMulNBits", "2x3x64 !u8:5x4x8 !p:20", "?", K=64, N=5, bits=4, block_size=16),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 !u8:5x2", "?", K=64, N=5, bits=4, block_size=16),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:20 !u8:10", "?", K=64, N=5, bits=4, block_size=16),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 !5x4", "?", K=64, N=5, bits=4, block_size=16),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 - - 5", "?", K=64, N=5, bits=4, block_size=16),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x16 !p:5x4", "?", K=64, N=5, bits=8, block_size=16),
+]

@@ -1,0 +1,23 @@
+"""Cases of recurrent operators."""
+
+from __future__ import annotations
+
+from tests.law import case
+
+# 5 steps, batch 2, 3 inputs, 4 hidden units
+CASES = [
+    case("LSTM", "5x2x3 1x16x3 1x16x4", "?", hidden_size=4, outs="111"),
+    case("LSTM", "5x2x3 1x16x3 1x16x4 1x32", "?", hidden_size=4, outs="111", direction="reverse"),
+    case("LSTM", "5x2x3 1x16x3 1x16x4 1x32 [4,5] 1x2x4 1x2x4 1x12", "?", hidden_size=4, outs="111"),
+    case("LSTM", "5x2x3 2x16x3 2x16x4 2x32 - 2x2x4 2x2x4", "?", hidden_size=4, outs="111", direction="bidirectional"),
+    case("LSTM", "2x5x3 1x16x3 1x16x4 1x32 - 2x1x4 2x1x4", "?", hidden_size=4, outs="111", layout=1),
+    case("LSTM", "5x2x3 1x16x3 1x16x4 1x32 - - - 1x12", "?", hidden_size=4, outs="1", input_forget=1),
+    case("GRU", "5x2x3 1x12x3 1x12x4", "?", hidden_size=4, outs="11"),
+    case("GRU", "5x2x3 1x12x3 1x12x4 1x24 - 1x2x4", "?", hidden_size=4, outs="11", linear_before_reset=1),
+    case("GRU", "5x2x3 2x12x3 2x12x4 2x24 - 2x2x4", "?", hidden_size=4, outs="11", direction="bidirectional"),
+    case("GRU", "2x5x3 1x12x3 1x12x4 1x24", "?", hidden_size=4, outs="11", layout=1),
+    case("RNN", "5x2x3 1x4x3 1x4x4", "?", hidden_size=4, outs="11"),
+    case("RNN", "5x2x3 1x4x3 1x4x4 1x8 - 1x2x4", "?", hidden_size=4, outs="01", direction="reverse"),
+    case("RNN", "5x2x3 2x4x3 2x4x4 2x8 [3,5]", "?", hidden_size=4, outs="11", direction="bidirectional"),
+    case("RNN", "2x5x3 1x4x3 1x4x4 1x8", "?", hidden_size=4, outs="11", layout=1, activations=["Relu"]),
+]
