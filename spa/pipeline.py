@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from spa.budget import parse_targets, select
-from spa.budget.select import Align, Allocation
+from spa.budget.select import Align, Allocation, MinKeep
 from spa.cost import Metric
 from spa.criteria import CRITERIA, Aggregation, Normalisation, normalise
 from spa.errors import OutputError, PlanError, TargetError, UsageError
@@ -136,7 +136,7 @@ def prune(
     kinds: Sequence[str] = (),
     ignore: Sequence[str] = (),
     align: Align = "auto",
-    min_keep: str | int = 1,
+    min_keep: str | int = "auto",
     seed: int = 0,
     dims: Mapping[str, int] | None = None,
     inputs: str | os.PathLike[str] | None = None,
@@ -157,7 +157,8 @@ def prune(
         kinds: only these kinds of units (all if empty).
         ignore: shell patterns; groups whose name, tensors or nodes match are left alone.
         align: kept units per group are a multiple of this.
-        min_keep: units kept per group: a number, a share such as "10%", or per kind: "head=2,channel=8".
+        min_keep: units kept per group: a number, a share such as "10%", or per kind: "head=2,channel=8"; `auto` keeps
+            a tenth of every group unless a target needs more to leave.
         seed: of random scores and of the inputs used for verification.
         dims: sizes of symbolic axes by name, for costs and verification.
         inputs: `.npz` with one array per graph input, for verification instead of synthetic inputs.
@@ -303,12 +304,14 @@ def _matches(group: Group, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def parse_min_keep(text: str | int) -> Callable[[Group], int]:
-    """A number, a share ("10%" or "0.1"), or those per kind ("head=2,channel=10%").
+def parse_min_keep(text: str | int) -> MinKeep | None:
+    """A number, a share ("10%" or "0.1"), or those per kind ("head=2,channel=10%"); None for "auto".
 
     Raises:
         UsageError: the text is none of these.
     """
+    if text == "auto":
+        return None
     default, by_kind = "1", dict[str, str]()
     for part in str(text).split(","):
         kind, equals, value = part.partition("=")
@@ -320,7 +323,7 @@ def parse_min_keep(text: str | int) -> Callable[[Group], int]:
             default = part.strip()
     for value in (default, *by_kind.values()):
         if not re.fullmatch(r"\d+|\d+(\.\d+)?%|0?\.\d+", value):
-            raise UsageError(f"--min-keep: cannot read {value!r}; write 4, 10%, or head=2,channel=10%")
+            raise UsageError(f"--min-keep: cannot read {value!r}; write auto, 4, 10%, or head=2,channel=10%")
 
     def least(group: Group) -> int:
         value = by_kind.get(group.kind, default)

@@ -21,6 +21,9 @@ from spa.groups import Analysis, Frozen, Group
 
 Allocation = Literal["global", "uniform"]
 Align = int | Literal["auto"]
+MinKeep = Callable[[Group], int]
+_FLOOR = 0.1
+"""Share of a group that `min_keep=None` keeps as long as the targets allow: global rankings empty layers otherwise."""
 _KERNEL = 8
 """ONNX Runtime's CPU convolution and matrix kernels work in blocks of 8 channels: odd widths are slower than full ones."""
 
@@ -77,7 +80,7 @@ def select(
     *,
     allocation: Allocation = "global",
     align: Align = "auto",
-    min_keep: Callable[[Group], int] = lambda group: 1,
+    min_keep: MinKeep | None = None,
 ) -> Selection:
     """Choose the units that leave.
 
@@ -88,7 +91,7 @@ def select(
         targets: limits, all of which must hold.
         allocation: `global` ranks all units together, `uniform` removes the same share of every group.
         align: kept units per group are a multiple of this; `auto` chooses, and yields where a target needs it.
-        min_keep: units to keep at least, per group.
+        min_keep: units to keep at least, per group; None keeps a tenth, and yields where a target needs it.
 
     Raises:
         TargetError: the targets cannot be reached; names the best reachable point and what freezes the rest.
@@ -96,21 +99,27 @@ def select(
     cost = analysis.cost
     original = cost.totals(cost.full)
     limits = {t: t.bound(original[t.metric]) for t in targets}
-    steps: list[int] = [_KERNEL, 4, 2, 1] if align == "auto" else [align]
     floor: dict[Metric, float] = {}
-    for step in steps:
-
-        def aligned(group: Group, step: int = step) -> int:
-            return min(step, alignment(group, align)) if align == "auto" else step
-
-        queues = [_queue(g, scores[g.name], aligned(g), min_keep(g)) for g in groups]
+    for step, keep in _relaxations(align, min_keep):
+        queues = [_queue(g, scores[g.name], min(step, alignment(g, align)), keep(g)) for g in groups]
         floor = _floor(cost, queues)
-        if any(floor[t.metric] > limit for t, limit in limits.items()):
-            continue
-        costs = (_uniform if allocation == "uniform" else _global)(cost, queues, limits)
-        removed = tuple((q.group, tuple(sorted(q.order[: q.removed]))) for q in queues if q.taken)
-        return Selection(removed, costs, original, align if align != "auto" or step == _KERNEL else step)
+        if all(floor[t.metric] <= limit for t, limit in limits.items()):
+            costs = (_uniform if allocation == "uniform" else _global)(cost, queues, limits)
+            removed = tuple((q.group, tuple(sorted(q.order[: q.removed]))) for q in queues if q.taken)
+            return Selection(removed, costs, original, align if align != "auto" or step == _KERNEL else step)
     raise TargetError(_unreachable(limits, floor, original, analysis.frozen, bool(groups)))
+
+
+def _relaxations(align: Align, min_keep: MinKeep | None) -> list[tuple[int, MinKeep]]:
+    """(largest alignment, floor) to try in turn: what is automatic yields, what the user said does not."""
+    steps = [_KERNEL, 4, 2, 1] if align == "auto" else [align]
+    if min_keep is not None:
+        return [(step, min_keep) for step in steps]
+
+    def tenth(group: Group) -> int:
+        return max(1, round(_FLOOR * group.units))
+
+    return [*((step, tenth) for step in steps), (steps[-1], lambda group: 1)]
 
 
 def _queue(group: Group, scores: Vector, step: int, keep: int) -> _Queue:

@@ -76,7 +76,7 @@ def prune(
     ] = "auto",
     min_keep: Annotated[
         str, typer.Option(metavar="N", help="Units kept per group at least: 4, 10%, or head=2,channel=8.")
-    ] = "1",
+    ] = "auto",
     seed: Seed = 0,
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Write the plan there, for `spa apply` and `spa verify`.")
@@ -238,8 +238,8 @@ def _show(result: Result, model: Path, verbose: bool) -> None:
     screen.print(proof, soft_wrap=True)
     screen.print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in report.seconds.items()))
     screen.print(f"wrote {result.output}", soft_wrap=True)
-    advice = f"Fewer MACs are not automatically faster: measure with `spa bench {quote(str(model))} {quote(str(result.output))}`."
-    screen.print(advice, soft_wrap=True)
+    command = f"spa bench {quote(str(model))} {quote(str(result.output))}"
+    screen.print(f"Fewer MACs are not automatically faster: measure with `{command}`.", soft_wrap=True)
 
 
 def _proof(found: Verification) -> str:

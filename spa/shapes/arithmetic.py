@@ -45,10 +45,8 @@ def fit(item: Item, dtype: ir.DataType) -> Item:
 def _rounded(item: float, dtype: ir.DataType) -> Item:
     if math.isnan(item):
         return None
-    if dtype == ir.DataType.FLOAT:
-        with np.errstate(over="ignore"):
-            return float(np.float32(item))
-    return item if dtype == ir.DataType.DOUBLE else float(dtype.numpy().type(item))
+    with np.errstate(over="ignore"):
+        return item if dtype == ir.DataType.DOUBLE else float(dtype.numpy().type(item))
 
 
 def cast(item: Item, dtype: ir.DataType) -> Item:
