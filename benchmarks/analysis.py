@@ -4,8 +4,8 @@
 
 `spa` analysis is from a loaded graph to groups. Torch-Pruning 1.6.1 builds its dependency graph from the same network as a
 torch module (its forward and backward pass included, as it cannot do without). onnxsim 0.8.1 has no analysis of its own:
-its structured pruning, in Python and in C++, runs on the same file, already in memory, and is to be compared with
-`spa.prune` without verification. All tools run in processes of their own that live through the run, one thread each, and
+its structured pruning, in Python and in C++, is compared with `spa.prune` without verification, both from one
+`onnx.ModelProto` in memory to another. All tools run in processes of their own that live through the run, one thread each, and
 take turns within each repeat. CPU time is of all threads; medians over repeats, the first (cold) call apart.
 
 `--peers` (or $SPA_PEERS_PYTHON) is a Python with torch, torch-pruning, onnx, onnxsim and transformers.
@@ -41,9 +41,13 @@ Rows = list[tuple[float, float]]
 
 
 def _spa() -> Callable[[dict[str, Any]], dict[str, Any]]:
+    import onnx
+
     import spa.pipeline as pipeline
     from spa.graph import load
     from spa.groups import analyze_model
+
+    held: dict[str, Any] = {}
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         path = question["path"]
@@ -59,9 +63,16 @@ def _spa() -> Callable[[dict[str, Any]], dict[str, Any]]:
         }
         del graph, analysis
         if question.get("prune"):
-            options = {"target": "params=0.75", "check": False, "align": 1}
-            cpu, wall, _ = clock(lambda: pipeline.prune(path, **options, output=question["prune"]))
-            reply["prune"] = [cpu, wall]
+            if path not in held:
+                held.clear()
+                held[path] = onnx.load(path)
+            target = {"target": "params=0.75", "check": False, "align": 1}
+            try:
+                cpu, wall, result = clock(lambda: pipeline.prune(held[path], **target))
+                reply["prune"] = [cpu, wall]
+                reply["stages"] = dict(result.report.seconds)
+            except Exception as error:
+                reply["prune_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
         return reply
 
     return answer
@@ -150,9 +161,8 @@ def measure(name: str, workers: dict[str, Worker], repeats: int, prune: bool) ->
     first: dict[str, list[float]] = {}
     absent: dict[str, str] = {}
     plain = name.removesuffix("-dynamo")
-    scratch = path.with_name(".pruned.onnx")
     questions = {
-        "spa": {"path": str(path), **({"prune": str(scratch)} if prune and size < LARGEST_FOR_ONNXSIM else {})},
+        "spa": {"path": str(path), "prune": prune and size < LARGEST_FOR_ONNXSIM},
         "torch-pruning": {"name": plain},
         "onnxsim": {"path": str(path)},
     }
@@ -175,8 +185,6 @@ def measure(name: str, workers: dict[str, Worker], repeats: int, prune: bool) ->
                     found.setdefault(f"{tool}.{key}", []).append((value[0], value[1]))
                 else:
                     first[f"{tool}.{key}"] = value
-    for leftover in path.parent.glob(".pruned.onnx*"):
-        leftover.unlink()
     return {
         "name": name,
         "facts": facts,
@@ -208,6 +216,7 @@ def _row(result: dict[str, Any]) -> list[str]:
         f"{facts.get('spa.groups', 0)}",
         both("spa.load"),
         both("spa.analysis") + verdict,
+        seconds(result["first"]["spa.analysis"][0]) if "spa.analysis" in result["first"] else "-",
         both("torch-pruning.build"),
         ratio("torch-pruning.build", "spa.analysis"),
         both("spa.prune"),
@@ -215,12 +224,12 @@ def _row(result: dict[str, Any]) -> list[str]:
         ratio("onnxsim.cpp", "spa.prune"),
         both("onnxsim.python"),
         ratio("onnxsim.python", "spa.prune"),
-        f"{facts['onnxsim.cpp_left']:.2f}" if "onnxsim.cpp_left" in facts else "-",
+        " / ".join(f"{facts[k]:.2f}" for k in ("onnxsim.cpp_left", "onnxsim.python_left") if k in facts) or "-",
     ]
 
 
 HEADINGS = (
-    "model", "nodes", "groups", "spa load", "spa analysis", "TP build", "TP/spa", "spa prune", "onnxsim C++", "/spa",
+    "model", "nodes", "groups", "spa load", "spa analysis", "cold", "TP build", "TP/spa", "spa prune", "onnxsim C++", "/spa",
     "onnxsim Python", "/spa", "onnxsim kept",
 )  # fmt: skip
 

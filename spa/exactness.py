@@ -74,8 +74,8 @@ def _forward(
     summands = present if rule.all_of == "all" else [k for k in rule.all_of if k in present]
     factors = [k for k in rule.any_of if k in present]
     zeros = {k: _zeros(coupling, op.inputs[k], zero, poison) for k in {*summands, *factors}}
-    for operand in op.outputs:
-        if operand is None:
+    for k, operand in enumerate(op.outputs):
+        if operand is None or (rule.outputs and k not in rule.outputs):
             continue
         leaves = _leaves(coupling, operand)
         if rule.any_of:

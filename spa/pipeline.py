@@ -202,13 +202,22 @@ def prune(
         "min_keep": str(min_keep),
         "seed": seed,
     }
-    with clock.stage("plan"):
-        chosen = select(analysis, groups, scores, targets, allocation=allocation, align=align, min_keep=keep)
-        kept = kept_without(analysis, chosen.removed)
-        records = tuple(GroupRecord(g.name, g.kind, g.units, units, g.exact) for g, units in chosen.removed)
-        settings["align"] = chosen.align
-        plan = Plan(graph.sha256, removals(analysis, kept), records, settings, f"spa {__version__}")
-    return _finish(graph, analysis, plan, kept, clock, output, dims, inputs, seed, check, chosen.align)
+    most = min((t.bound(graph.file_bytes) for t in targets if t.metric == "bytes"), default=None)
+    spare = 0
+    while True:
+        with clock.stage("plan"):
+            chosen = select(
+                analysis, groups, scores, targets, allocation=allocation, align=align, min_keep=keep, spare=spare
+            )
+            kept = kept_without(analysis, chosen.removed)
+            records = tuple(GroupRecord(g.name, g.kind, g.units, units, g.exact) for g, units in chosen.removed)
+            settings["align"] = chosen.align
+            plan = Plan(graph.sha256, removals(analysis, kept), records, settings, f"spa {__version__}")
+        job = _Job(graph, analysis, plan, kept, clock, output, dims, inputs, seed, check, chosen.align)
+        try:
+            return _finish(job, most)
+        except _Oversize as error:
+            spare += error.excess
 
 
 def apply(
@@ -238,7 +247,7 @@ def apply(
         analysis = analyze(graph, dims=dims)
     with clock.stage("plan"):
         kept = kept_by(analysis, plan, label)
-    return _finish(graph, analysis, plan, kept, clock, output, dims, inputs, 0, check, "auto")
+    return _finish(_Job(graph, analysis, plan, kept, clock, output, dims, inputs, 0, check, "auto"))
 
 
 def verify(
@@ -262,7 +271,8 @@ def verify(
     _check_model(graph, plan, label)
     analysis = analyze(graph, dims=dims)
     kept = kept_by(analysis, plan, label)
-    return _compare(graph, analysis, plan, kept, load(pruned).model, dims, inputs, seed)
+    job = _Job(graph, analysis, plan, kept, _Clock(None), None, dims, inputs, seed, True, "auto")
+    return _compare(job, load(pruned).model)
 
 
 # -- choosing --------------------------------------------------------------------------------------------------------
@@ -285,14 +295,18 @@ def choose(analysis: Analysis, scope: Scope, kinds: Sequence[str], ignore: Seque
         out.append(group)
     if not out:
         inexact = sum(not g.exact for g in analysis.groups)
-        hint = f"{inexact} groups need --scope all" if scope == "exact" and inexact else _frozen_hint(analysis)
+        hint = _frozen_hint(analysis)
+        if scope == "exact" and inexact:
+            hint = f"{inexact} groups need --scope all"
+        elif analysis.groups:
+            hint = f"--kinds and --ignore leave none of its {len(analysis.groups)} groups; see `spa inspect`"
         raise TargetError(f"nothing in this model can be pruned with these options: {hint}")
     return out
 
 
 def _frozen_hint(analysis: Analysis) -> str:
     if not analysis.frozen:
-        return "it has no prunable weights, or all groups are filtered out; see `spa inspect`"
+        return "it has no prunable weights; see `spa inspect`"
     worst = analysis.frozen[0]
     return f"{worst.tensor} axis {worst.axis} is frozen ({worst.reason.text}); see `spa inspect`"
 
@@ -368,75 +382,84 @@ def _check_model(graph: Graph, plan: Plan, label: str) -> None:
 # -- finishing -------------------------------------------------------------------------------------------------------
 
 
-def _finish(
-    graph: Graph,
-    analysis: Analysis,
-    plan: Plan,
-    kept: Mask,
-    clock: _Clock,
-    output: str | os.PathLike[str] | None,
-    dims: Mapping[str, int] | None,
-    inputs: str | os.PathLike[str] | None,
-    seed: int,
-    check: bool,
-    align: Align,
-) -> Result:
+@dataclass(frozen=True)
+class _Job:
+    """A plan on its way to a file."""
+
+    graph: Graph
+    analysis: Analysis
+    plan: Plan
+    kept: Mask
+    clock: _Clock
+    output: str | os.PathLike[str] | None
+    dims: Mapping[str, int] | None
+    inputs: str | os.PathLike[str] | None
+    seed: int
+    check: bool
+    align: Align
+
+
+class _Oversize(Exception):
+    """The written file is larger than a target on bytes allows; its structure took more than estimated."""
+
+    def __init__(self, excess: int) -> None:
+        super().__init__(excess)
+        self.excess = excess
+
+
+def _finish(job: _Job, most: float | None = None) -> Result:
+    """Rewrite, write to a staging folder, verify, publish; `most` bytes are accepted."""
+    clock = job.clock
     with clock.stage("rewrite"):
-        model = rewrite(analysis, kept)
-    path = Path(output) if output is not None else None
+        model = rewrite(job.analysis, job.kept)
+    path = Path(job.output) if job.output is not None else None
+    name = path.name if path is not None else "pruned.onnx"
     folder = Path(tempfile.mkdtemp(prefix=".spa-", dir=path.parent if path is not None else None))
     try:
-        staged = folder / (path.name if path is not None else "pruned.onnx")
         with clock.stage("save"):
-            size = save(model, staged, external=graph.external)
+            size = save(model, folder / name, external=job.graph.external)
+        if most is not None and size > most:
+            raise _Oversize(int(size - most) + 1)
         verification = None
-        if check:
+        if job.check:
             with clock.stage("verify"):
-                verification = _compare(graph, analysis, plan, kept, staged, dims, inputs, seed)
-                require(verification, path.name if path is not None else "the pruned model")
-        finished = None
-        if path is None:
-            finished = restore(graph, model)
-        else:
+                verification = _compare(job, folder / name)
+                require(verification, str(path or "the pruned model"))
+        if path is not None:
             publish({path.with_name(f.name): f for f in sorted(folder.iterdir(), reverse=True)})
+        finished = restore(job.graph, model) if path is None else None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    before = analysis.cost.totals(analysis.cost.full)
-    counts = analysis.coupling.solution.counts(kept)
-    numeric = [full if not isinstance(c, int) else c for c, full in zip(counts, analysis.cost.full, strict=True)]
-    after = analysis.cost.totals(numeric)
-    units = sum(len(g.removed) for g in plan.groups)
-    report = Report(
+    return Result(finished, path, job.plan, _report(job, size, verification))
+
+
+def _report(job: _Job, size: int, verification: Verification | None) -> Report:
+    cost = job.analysis.cost
+    before = cost.totals(cost.full)
+    counts = job.analysis.coupling.solution.counts(job.kept)
+    after = cost.totals([c if isinstance(c, int) else full for c, full in zip(counts, cost.full, strict=True)])
+    return Report(
         _change("macs", before, after),
         _change("parameters", before, after),
-        Change(graph.file_bytes, size),
-        len(plan.groups),
-        units,
+        Change(job.graph.file_bytes, size),
+        len(job.plan.groups),
+        sum(len(g.removed) for g in job.plan.groups),
         verification,
-        clock.seconds,
-        align,
+        job.clock.seconds,
+        job.align,
     )
-    return Result(finished, path, plan, report)
 
 
 def _change(metric: Metric, before: Mapping[Metric, float], after: Mapping[Metric, float]) -> Change:
     return Change(round(before[metric]), round(after[metric]))
 
 
-def _compare(
-    graph: Graph,
-    analysis: Analysis,
-    plan: Plan,
-    kept: Mask,
-    pruned: ir.Model | Path,
-    dims: Mapping[str, int] | None,
-    inputs: str | os.PathLike[str] | None,
-    seed: int,
-) -> Verification:
-    exact = is_exact(analysis, kept)
-    reference = zeroed(graph.model, plan.removed) if exact else masked(analysis, kept)
-    feeds = load_feeds(Path(inputs), inputs_of(graph.model)) if inputs is not None else None
-    return compare(reference, pruned, exact=exact, seed=seed, dims=dims, feeds=feeds, original=graph.model)
+def _compare(job: _Job, pruned: ir.Model | Path) -> Verification:
+    model = job.graph.model
+    exact = is_exact(job.analysis, job.kept)
+    reference = zeroed(model, job.plan.removed) if exact else masked(job.analysis, job.kept)
+    feeds = load_feeds(Path(job.inputs), inputs_of(model)) if job.inputs is not None else None
+    return compare(reference, pruned, exact=exact, seed=job.seed, dims=job.dims, feeds=feeds, original=model)
 
 
 def is_exact(analysis: Analysis, kept: Mask) -> bool:

@@ -122,7 +122,10 @@ class _Rewriter:
                 restored = self._scaled(self.twin.value(output), [n for _, n in sizes], [o for o, _ in sizes])
             self.twin.node(consumer).replace_input_with(slot, restored)
         if output.is_graph_output():
-            raise AssertionError("graph outputs are frozen")
+            twin = self.twin.value(output)
+            if restored is None:
+                restored = self._scaled(twin, [n for _, n in sizes], [o for o, _ in sizes])
+            self.twin.publish(twin, restored)
 
     def _fold(self, value: ir.Value) -> bool:
         """Replace a value that is known before run time by a constant; False if it is not."""
@@ -156,16 +159,25 @@ class _Rewriter:
 
     def _pins(self) -> None:
         for pin in self.coupling.relations.pins:
-            if self._touched(pin.axis):
-                node = self.twin.node(pin.node)
-                node.attributes[pin.attribute] = ir.AttrFloat32(pin.attribute, pin.value)
+            if not self._touched(pin.axis):
+                continue
+            node = self.twin.node(pin.node)
+            if isinstance(pin.slot, int):
+                value = self.twin.constant(ir.tensor(np.array(pin.value)), f"{node.name}_pinned", like=None)
+                if pin.slot >= len(node.inputs):
+                    node.resize_inputs(pin.slot + 1)
+                node.replace_input_with(pin.slot, value)
+            elif isinstance(pin.value, tuple):
+                node.attributes[pin.slot] = ir.AttrInt64s(pin.slot, pin.value)
+            else:
+                node.attributes[pin.slot] = ir.AttrFloat32(pin.slot, pin.value)
 
     def _edits(self) -> None:
         slots: dict[tuple[ir.Node, str | int], list[Edit]] = {}
         for edit in self.coupling.relations.edits:
             slots.setdefault((edit.node, edit.slot), []).append(edit)
         for (node, slot), edits in slots.items():
-            if not any(self._touched(a) for e in edits for a in e.axes):
+            if not any(self._touched(a) for e in edits for a in (*e.axes, *e.watch)):
                 continue
             if isinstance(slot, str):
                 self._edit_attribute(self.twin.node(node), slot, edits)
@@ -200,10 +212,11 @@ class _Rewriter:
 
     def _patched(self, original: ir.Value, current: ir.Value, entries: Mapping[int, tuple[Size, Size]]) -> ir.Value:
         """The shape operand `current` (a copy of `original`) with some entries set from old to new sizes."""
-        entries = {k: sizes for k, sizes in entries.items() if sizes[0] != sizes[1]}
+        known = self.coupling.shapes.const(original)
+        if known is None or not all(isinstance(v, (int, np.integer)) for v in known.reshape(-1)):
+            entries = {k: sizes for k, sizes in entries.items() if sizes[0] != sizes[1]}
         if not entries:
             return current
-        known = self.coupling.shapes.const(original)
         if known is not None and all(isinstance(v, (int, np.integer)) for v in known.reshape(-1)):
             values = np.array([int(v) for v in known.reshape(-1)], dtype=np.int64)
             for k, (_, new) in entries.items():
@@ -247,7 +260,7 @@ class _Rewriter:
             known = self.coupling.shapes.const(value) if value is not None else None
             assert known is not None and value is not None
             old = np.array([int(v) % len(source) for v in known.reshape(-1)], dtype=np.int64)
-            array = rank[old[target]]
+            array = rank[old[target]].reshape(-1, *known.shape[1:])
             node.replace_input_with(
                 remap.slot, self.twin.constant(ir.tensor(array), f"{value.name}_spa", like=node.inputs[remap.slot])
             )
@@ -263,8 +276,8 @@ class _Rewriter:
         assert data is not None
         index = self.twin.constant(ir.tensor(rank[old[target]]), f"{node.name}_index", like=data)
         gathered = self.twin.after(data, "Gather", [data, index], [ir.AttrInt64("axis", axis)], before=node)
-        output = node.outputs[0]
-        output.replace_all_uses_with(gathered)
+        self.twin.publish(node.outputs[0], gathered)
+        node.outputs[0].replace_all_uses_with(gathered)
 
     def _numbers(self, node: ir.Node, slot: int) -> list[int]:
         value = node.inputs[slot] if slot < len(node.inputs) else None
@@ -392,6 +405,17 @@ class Twin:
             graph = value.graph if isinstance(value.graph, ir.Graph) else self.model.graph
             graph.insert_before(next(iter(graph)), node)
         return node.outputs[0]
+
+    def publish(self, old: ir.Value, new: ir.Value) -> None:
+        """Where `old` is an output of its graph, let `new` take its place and its name."""
+        graph = old.graph
+        if not isinstance(graph, ir.Graph) or not old.is_graph_output():
+            return
+        for k, output in enumerate(graph.outputs):
+            if output is old:
+                graph.outputs[k] = new
+        name, old.name = old.name, self.fresh(f"{old.name}_unread")
+        new.name, new.type = name, old.type
 
     def rank_zero(self, value: ir.Value) -> bool:
         """Whether a value is known to be a scalar."""

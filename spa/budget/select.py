@@ -81,6 +81,7 @@ def select(
     allocation: Allocation = "global",
     align: Align = "auto",
     min_keep: MinKeep | None = None,
+    spare: int = 0,
 ) -> Selection:
     """Choose the units that leave.
 
@@ -92,13 +93,14 @@ def select(
         allocation: `global` ranks all units together, `uniform` removes the same share of every group.
         align: kept units per group are a multiple of this; `auto` chooses, and yields where a target needs it.
         min_keep: units to keep at least, per group; None keeps a tenth, and yields where a target needs it.
+        spare: bytes to stay below a limit on bytes, for what the file holds besides its weights.
 
     Raises:
         TargetError: the targets cannot be reached; names the best reachable point and what freezes the rest.
     """
     cost = analysis.cost
     original = cost.totals(cost.full)
-    limits = {t: t.bound(original[t.metric]) for t in targets}
+    limits = {t: t.bound(original[t.metric]) - (spare if t.metric == "bytes" else 0) for t in targets}
     floor: dict[Metric, float] = {}
     for step, keep in _relaxations(align, min_keep):
         queues = [_queue(g, scores[g.name], min(step, alignment(g, align)), keep(g)) for g in groups]

@@ -56,6 +56,8 @@ class Edit:
     entry: int | None
     """Position inside the list or tensor; None for a scalar."""
     axes: tuple[Axis, ...]
+    watch: tuple[Axis, ...] = ()
+    """Axes whose shrinking makes the number invalid as it is written (an end counted from the back)."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ class Remap:
 
 @dataclass(frozen=True)
 class Pin:
-    """An attribute whose default depends on `axis`: written out with its original value before `axis` shrinks."""
+    """An attribute or input whose default depends on `axis`: written out as it was before `axis` shrinks."""
 
     node: ir.Node
-    attribute: str
-    value: float
+    slot: str | int
+    """Attribute name, or input slot."""
+    value: float | tuple[int, ...]
     axis: Axis
 
 
@@ -159,18 +162,18 @@ class Op:
         self.axes.mentioned.add(axis)
         self.relations.flows.append(Flow(self.node, axis, leaving, tuple(inputs), tuple(outputs), role))
 
-    def edit(self, slot: str | int, entry: int | None, *axes: Axis) -> None:
+    def edit(self, slot: str | int, entry: int | None, *axes: Axis, watch: tuple[Axis, ...] = ()) -> None:
         """Tie an attribute or operand entry to the size of `axes`."""
         self.axes.mentioned.update(axes)
-        self.relations.edits.append(Edit(self.node, slot, entry, axes))
+        self.relations.edits.append(Edit(self.node, slot, entry, axes, watch))
 
     def remap(self, slot: int, source: Axis, target: Axis) -> None:
         """Input `slot` holds positions of `source`, one per position of `target`."""
         self.relations.remaps.append(Remap(self.node, slot, source, target))
 
-    def pin(self, attribute: str, value: float, axis: Axis) -> None:
-        """Write `attribute` out with `value` before `axis` shrinks."""
-        self.relations.pins.append(Pin(self.node, attribute, value, axis))
+    def pin(self, slot: str | int, value: float | tuple[int, ...], axis: Axis) -> None:
+        """Write an attribute or input out with `value` before `axis` shrinks."""
+        self.relations.pins.append(Pin(self.node, slot, value, axis))
 
     def cost(self, *axes: Axis, coefficient: int = 1) -> None:
         """Add coefficient x product(axes) multiply-accumulates."""
@@ -203,6 +206,8 @@ class Zero:
     """Inputs without the index do not matter (concatenation)."""
     never: bool = False
     """Not known to be zero."""
+    outputs: tuple[int, ...] = ()
+    """The outputs this is about; all if empty."""
 
 
 FACTOR = Zero(any_of=(0,))
