@@ -3,7 +3,8 @@
     python benchmarks/analysis.py [NAME ...] [--repeats 5] [--peers PYTHON] [--json FILE]
 
 `spa` analysis is from a loaded graph to groups. Torch-Pruning 1.6.1 builds its dependency graph from the same network as a
-torch module (its forward and backward pass included, as it cannot do without). onnxsim 0.8.1 has no analysis of its own:
+torch module (its forward pass included, as it cannot do without); its groups are listed by a second call, so both times
+are given: "TP build", and "TP groups" for graph and groups, which is what `spa` analysis does. onnxsim 0.8.1 has no analysis of its own:
 its structured pruning, in Python and in C++, is compared with `spa.prune` without verification, both from one
 `onnx.ModelProto` in memory to another. All tools run in processes of their own that live through the run, one thread each, and
 take turns within each repeat. CPU time is of all threads; medians over repeats, the first (cold) call apart.
@@ -92,7 +93,13 @@ def _torch_pruning() -> Callable[[dict[str, Any]], dict[str, Any]]:
             held[name] = module(PEER_MODULES[name])
         inputs = example(name)
         cpu, wall, graph = clock(lambda: tp.DependencyGraph().build_dependency(held[name], inputs, verbose=False))
-        return {"build": [cpu, wall], "layers": len(graph.module2node)}
+        reply: dict[str, Any] = {"build": [cpu, wall], "layers": len(graph.module2node)}
+        try:
+            cpu, wall, groups = clock(lambda: list(graph.get_all_groups()))
+            reply |= {"groups": [reply["build"][0] + cpu, reply["build"][1] + wall], "found": len(groups)}
+        except Exception as error:
+            reply["groups_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        return reply
 
     return answer
 
@@ -219,6 +226,8 @@ def _row(result: dict[str, Any]) -> list[str]:
         seconds(result["first"]["spa.analysis"][0]) if "spa.analysis" in result["first"] else "-",
         both("torch-pruning.build"),
         ratio("torch-pruning.build", "spa.analysis"),
+        both("torch-pruning.groups"),
+        ratio("torch-pruning.groups", "spa.analysis"),
         both("spa.prune"),
         both("onnxsim.cpp"),
         ratio("onnxsim.cpp", "spa.prune"),
@@ -229,7 +238,7 @@ def _row(result: dict[str, Any]) -> list[str]:
 
 
 HEADINGS = (
-    "model", "nodes", "groups", "spa load", "spa analysis", "cold", "TP build", "TP/spa", "spa prune", "onnxsim C++", "/spa",
+    "model", "nodes", "groups", "spa load", "spa analysis", "cold", "TP build", "/spa", "TP groups", "/spa", "spa prune", "onnxsim C++", "/spa",
     "onnxsim Python", "/spa", "onnxsim kept",
 )  # fmt: skip
 
@@ -277,8 +286,7 @@ def main() -> int:
     for name in names:
         repeats = min(options.repeats, 2) if name in DECODERS and name.startswith("llama-7b") else options.repeats
         results.append(measure(name, workers, repeats, not options.no_prune))
-        cells = dict(zip(HEADINGS, _row(results[-1]), strict=False))
-        print(f"{name}: spa {cells['spa analysis']}, TP {cells['TP build']}; {results[-1]['absent'] or ''}", file=sys.stderr)
+        print(name, *(f"{k} {v['cpu']:.3f}" for k, v in results[-1]["times"].items()), results[-1]["absent"] or "", file=sys.stderr)
     print("CPU / wall seconds, medians; ratios of CPU time\n")
     print(table(HEADINGS, [_row(result) for result in results]))
     for result in results:

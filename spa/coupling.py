@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from spa import rules
@@ -102,7 +103,7 @@ def couple(model: ir.Model, *, border: bool = True) -> Coupling:
 
 
 def _apply(coupling: Coupling, node: ir.Node) -> None:
-    if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
+    if node.outputs and node.outputs[0] in coupling.weights:
         return
     inputs = [_operand(coupling, v, (node, slot)) for slot, v in enumerate(node.inputs)]
     outputs = [_operand(coupling, v, None) for v in node.outputs]
@@ -160,10 +161,21 @@ def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
         if value.const_value is not None:
             yield value, value.const_value
     for node in graph:
-        if node.op_type == "Constant" and node.domain in ("", "ai.onnx") and "value" in node.attributes:
-            yield node.outputs[0], node.attributes["value"].value
+        tensor = tensor_of(node)
+        if tensor is not None:
+            yield node.outputs[0], tensor
         for sub in _subgraphs(node):
             yield from _weights(sub)
+
+
+def tensor_of(node: ir.Node) -> ir.TensorProtocol | None:
+    """The tensor of a `Constant` node that holds one (or a list of floats); None for any other node."""
+    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+        return None
+    if "value_floats" in node.attributes:
+        return ir.tensor(np.array(node.attributes["value_floats"].as_floats(), dtype=np.float32))
+    attribute = node.attributes.get("value")
+    return attribute.value if attribute is not None else None
 
 
 def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from spa.budget import parse_targets, select
 from spa.budget.select import Align, Allocation, MinKeep
 from spa.cost import Metric
+from spa.coupling import tensor_of
 from spa.criteria import CRITERIA, Aggregation, Normalisation, normalise
 from spa.errors import OutputError, PlanError, TargetError, UsageError
 from spa.evidence import Evidence
@@ -118,8 +119,8 @@ def _overhead(graph: Graph) -> int:
     """Bytes of the file that are not weights."""
     tensors = sum(v.const_value.nbytes for v in graph.model.graph.initializers.values() if v.const_value is not None)
     for node in graph.model.graph.all_nodes():
-        if node.op_type == "Constant" and "value" in node.attributes:
-            tensors += node.attributes["value"].as_tensor().nbytes
+        tensor = tensor_of(node)
+        tensors += tensor.nbytes if tensor is not None else 0
     return max(graph.file_bytes - tensors, 0)
 
 

@@ -73,6 +73,7 @@ class _Rewriter:
             return self.twin.constant(tensor, f"{value.name}_spa", like=twin)
         producer = twin.producer()
         if producer is not None:
+            producer.attributes.clear()
             producer.attributes["value"] = ir.AttrTensor("value", tensor)
         else:
             twin.const_value = tensor
@@ -135,9 +136,10 @@ class _Rewriter:
         dtype = self.coupling.shapes.dtype(value) or ir.DataType.INT64
         tensor = ir.tensor(np.array(known.tolist()).reshape(known.shape).astype(dtype.numpy()))
         twin = self.twin.value(value)
-        if not twin.is_graph_output():
-            constant = self.twin.constant(tensor, f"{value.name}_spa", like=twin)
-            twin.replace_all_uses_with(constant)
+        constant = self.twin.constant(tensor, f"{value.name}_spa", like=twin)
+        if twin.is_graph_output():
+            self.twin.publish(twin, self.twin.after(twin, "Identity", [constant]))
+        twin.replace_all_uses_with(constant)
         return True
 
     def _scaled(self, value: ir.Value, divide: Sequence[int], multiply: Sequence[int]) -> ir.Value:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spa.coupling import tensor_of
 from spa.errors import RuntimeFailure, VerifyError
 from spa.feeds import runnable_feeds
 from spa.groups import Analysis
@@ -62,12 +63,13 @@ def zeroed(model: ir.Model, removed: Sequence[Removal]) -> ir.Model:
     for removal in removed:
         for value, uses in _targets(twin.model, removal):
             producer = value.producer()
-            tensor = value.const_value if producer is None else producer.attributes["value"].as_tensor()
+            tensor = value.const_value if producer is None else tensor_of(producer)
             assert tensor is not None
             blank = _zero_slices(tensor, removal)
             if removal.consumers is None and producer is None:
                 value.const_value = blank
             elif removal.consumers is None and producer is not None:
+                producer.attributes.clear()
                 producer.attributes["value"] = ir.AttrTensor("value", blank)
             else:
                 copy = twin.constant(blank, f"{value.name}_zeroed", like=value)

@@ -22,13 +22,15 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from spa import exactness
 from spa.errors import RuntimeFailure
 from spa.groups import Analysis, analyze_model
 from spa.removal import changed_leaves
 from spa.rewrite import rewrite
-from spa.rules import Op
+from spa.rules import Flow, Op
 from spa.runtime import open_session, run
 from spa.verify import masked
 
@@ -78,6 +80,8 @@ class Case:
     tolerance: Tolerance = FLOAT32
     zeros: Mapping[int, int] = field(default_factory=dict)
     """Inputs whose zero is another number: the zero point."""
+    carriers: tuple[int, ...] = ()
+    """Inputs where a zero silences the product; all that carry the summed axis if empty."""
     model: str = ""
     """The model as ONNX text, for operators with subgraphs; `operands` then lists the graph's inputs."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
@@ -100,9 +104,10 @@ class Case:
 
 
 def case(op: str, operands: str, free: str, **options: Any) -> Case:
-    """A case in one line; what is no field of `Case` is an attribute of the node."""
-    fields = {k: options.pop(k) for k in ("opset", "outs", "tolerance", "zeros", "model") if k in options}
-    return Case(op, operands, free, **fields, attributes=options)
+    """A case in one line; what is no field of `Case` is an attribute of the node, as is what stands in `more`."""
+    names = ("opset", "outs", "tolerance", "zeros", "carriers", "model")
+    fields = {k: options.pop(k) for k in names if k in options}
+    return Case(op, operands, free, **fields, attributes=options | options.pop("more", {}))
 
 
 def each(ops: str, operands: str, free: str, *, domain: str = "", **options: Any) -> list[Case]:
@@ -123,6 +128,7 @@ class Subject:
     """One node that reads `arrays` directly."""
     tolerance: Tolerance
     zeros: Mapping[str, int] = field(default_factory=dict)
+    carriers: tuple[int, ...] = ()
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> onnx.ModelProto:
         """The model for arrays of any shape."""
@@ -177,7 +183,7 @@ def _built(spec: Case) -> Subject:
     graph = helper.make_graph([node], "g", [], values)
     opsets = [helper.make_opsetid("", spec.opset), *([helper.make_opsetid(spec.domain, 1)] if spec.domain else [])]
     proto = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
-    return Subject(proto, arrays, frozenset(fixed), True, spec.tolerance, zeros)
+    return Subject(proto, arrays, frozenset(fixed), True, spec.tolerance, zeros, spec.carriers)
 
 
 def _header(spec: Case) -> str:
@@ -212,15 +218,42 @@ def _operand(token: str, rng: np.random.Generator) -> tuple[Array, bool]:
 ENGINES = ("ort", "reference")
 
 
+class BiasAdd(OpRun):  # type: ignore[misc]  # onnx ships it untyped
+    """Only CUDA has a kernel."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x: Array, bias: Array, skip: Array) -> tuple[Array]:
+        return (x + bias + skip,)
+
+
+class FusedGemm(OpRun):  # type: ignore[misc]
+    """Only accelerators have a kernel."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, a: Array, b: Array, c: Array | float = 0.0, transB: int = 0, **_: Any) -> tuple[Array]:  # noqa: N803
+        return (np.maximum(a @ (b.T if transB else b) + c, 0),)
+
+
+class GemmFastGelu(FusedGemm):
+    """Only accelerators have a kernel."""
+
+    def _run(self, a: Array, b: Array, c: Array | float = 0.0, **_: Any) -> tuple[Array]:
+        x = a @ b + c
+        return ((x * 0.5 * (1 + np.tanh(x * (0.7978845608 + 0.0356774081 * x * x)))).astype(np.float32),)
+
+
+KERNELS = [BiasAdd, FusedGemm, GemmFastGelu]
+
+
 def execute(engine: str, model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """All outputs of a model, by ONNX Runtime or by ONNX's own interpreter (for kernels that the former lacks)."""
     if engine == "ort":
         session = open_session(model.SerializeToString(), provider="cpu", threads=1, optimize=False)
         return run(session, feeds)
-    from onnx.reference import ReferenceEvaluator
-
-    evaluator = ReferenceEvaluator(model)
     try:
+        evaluator = ReferenceEvaluator(model, new_ops=KERNELS)
         return dict(zip(evaluator.output_names, evaluator.run(None, dict(feeds)), strict=True))
     except Exception as error:  # it raises whatever numpy raises
         raise RuntimeFailure(f"the reference evaluator cannot run the model: {error}") from error
@@ -232,13 +265,14 @@ def engine_for(subject: Subject) -> str:
     Raises:
         RuntimeFailure: none does.
     """
+    failures = []
     for engine in ENGINES:
         try:
             execute(engine, subject.with_arrays(subject.arrays), subject.feeds(subject.arrays))
             return engine
         except RuntimeFailure as error:
-            failure = error
-    raise failure
+            failures.append(str(error))
+    raise RuntimeFailure(" / ".join(failures))
 
 
 def difference(a: Array, b: Array) -> float:
@@ -411,7 +445,11 @@ class Law:
 
     def carriers(self) -> int:
         """How many operands a sum could be zeroed in: each one alone must do."""
-        return max([len({s for s, _ in f.inputs}) for f in self.coupling.relations.flows if f.leaving == "sum"] or [1])
+        return max([len(self._slots(f)) for f in self.coupling.relations.flows if f.leaving == "sum"] or [1])
+
+    def _slots(self, flow: Flow) -> list[int]:
+        slots = {slot for slot, _ in flow.inputs}
+        return sorted(slots & set(self.subject.carriers) or slots)
 
     def reference(self, kept: Mask, which: int) -> dict[str, Array]:
         """Outputs of the original operator on x', restricted."""
@@ -421,7 +459,7 @@ class Law:
         names = [v.name if v is not None else None for v in self.op.node.inputs]
         for flow in self.coupling.relations.flows:
             leaves = (set(self.solution.leaves(flow.axis)) & changed) - gone
-            slots = sorted({slot for slot, _ in flow.inputs})
+            slots = self._slots(flow)
             if flow.leaving != "sum" or not leaves or not slots:
                 continue
             for slot, d in flow.inputs:

@@ -20,7 +20,7 @@ def residual_cnn() -> Model:
     y = net.conv(x, "block.conv1", 32, 32, norm=True, bias=False)
     y = net.conv(y, "block.conv2", 32, 32, norm=True, bias=False, act=None)
     x = net("Relu", net("Add", x, y))
-    y = net.conv(x, "inverted.expand", 32, 64, 1, norm=True, bias=False, act="HardSwish" if net.opset >= 14 else "Relu")
+    y = net.conv(x, "inverted.expand", 32, 64, 1, norm=True, bias=False)
     y = net.conv(y, "inverted.depthwise", 64, 64, group=64, stride=2, norm=True, bias=False)
     gate = net("GlobalAveragePool", y)
     gate = net.conv(gate, "inverted.reduce", 64, 16, 1)
@@ -134,8 +134,7 @@ def vit_reshape() -> Model:
     """Fused qkv cut by Reshape to (3, heads, size), Transpose and Gather."""
     net, c, h = Net(opset=14), 48, 3
     x = net.linear(net.input("tokens", "n", "t", 12), "embed", 12, c)
-    y = net.layer_norm(x, "norm1", c) if net.opset >= 17 else x
-    y = net.reshape(net.linear(y, "qkv", c, 3 * c), 0, 0, 3, h, c // h)
+    y = net.reshape(net.linear(x, "qkv", c, 3 * c), 0, 0, 3, h, c // h)
     y = net("Transpose", y, perm=[2, 0, 3, 1, 4])
     q, k, v = (net("Gather", y, net.value(f"pick{i}", i), axis=0) for i in range(3))
     y = _attend(net, q, net("Transpose", k, perm=[0, 1, 3, 2]), v, 0.25)
@@ -186,7 +185,7 @@ def decoder() -> Model:
 
 
 def modern() -> Model:
-    """Opset 23: RMSNormalization, RotaryEmbedding and Attention as operators, grouped-query on 3-D tensors."""
+    """Opset 23: RMSNormalization, Gelu and Attention (grouped-query, on 3-D tensors) as operators."""
     net, c, heads, kv, d = Net(opset=23, ir_version=10), 32, 4, 2, 8
     x = net.input("tokens", "n", 6, c)
     y = net("RMSNormalization", x, net.positive("norm.scale", c), name="norm")

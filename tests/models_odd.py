@@ -242,21 +242,22 @@ def qdq() -> Model:
 
 
 def four_bits() -> Model:
-    """MatMulNBits: 4-bit blocks of 16 along the contracted axis, with scales and packed zero points."""
+    """MatMulNBits: 4-bit blocks of 16 along the contracted axis, with scales, and with packed zero points in one layer."""
     net, block = Net(opset=17), 16
     net.domains["com.microsoft"] = 1
 
-    def layer(x: str, name: str, k: int, n: int) -> str:
+    def layer(x: str, name: str, k: int, n: int, zeros: bool = False) -> str:
         rng = np.random.default_rng(k + n)
         blocks = k // block
         packed = net.value(f"{name}.packed", rng.integers(0, 256, (n, blocks, block // 2)), np.uint8)
         scales = net.value(f"{name}.scales", rng.uniform(0.02, 0.05, n * blocks), np.float32)
-        zeros = net.value(f"{name}.zeros", rng.integers(0, 256, n * ((blocks + 1) // 2)), np.uint8)
-        return str(net("MatMulNBits", x, packed, scales, zeros, name=name, domain="com.microsoft", K=k, N=n, bits=4,
+        points = [net.value(f"{name}.zeros", rng.integers(0, 256, n * ((blocks + 1) // 2)), np.uint8)] if zeros else []
+        return str(net("MatMulNBits", x, packed, scales, *points, name=name, domain="com.microsoft", K=k, N=n, bits=4,
                        block_size=block))  # fmt: skip
 
-    x = net("Relu", layer(net.input("x", "n", "t", 32), "fc1", 32, 96))
+    x = net("Relu", layer(net.input("x", "n", "t", 32), "fc1", 32, 96, zeros=True))
     x = net("Relu", layer(x, "fc2", 96, 64))
+    x = net("Relu", layer(x, "fc3", 64, 64, zeros=True))
     net.named(net.linear(x, "head", 64, 5), "y")
     return net.model(y=("n", "t", 5))
 

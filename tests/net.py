@@ -139,6 +139,12 @@ class Built:
     """Bodies of custom operators that the file leaves out."""
 
 
+def sizes(model: onnx.ModelProto, wanted: Mapping[str, int]) -> dict[str, int]:
+    """The part of `wanted` that names symbolic axes of this model's inputs."""
+    dims = (dim for info in model.graph.input for dim in info.type.tensor_type.shape.dim)
+    return {dim.dim_param: wanted[dim.dim_param] for dim in dims if dim.dim_param in wanted}
+
+
 def feeds(model: onnx.ModelProto, seed: int = 0, dims: Mapping[str, int] = DIMS) -> dict[str, Array]:
     """Random inputs, made without any help from `spa`."""
     rng = np.random.default_rng(seed)

@@ -61,7 +61,9 @@ def _axis(tensor: str, axis: AxisExplanation, verbose: bool) -> Iterator[str]:
     for other in shown:
         yield f"  coupled with {other.tensor} axis {other.axis} ({other.role})"
     if len(shown) < len(axis.coupled):
-        yield f"  coupled with {len(axis.coupled) - len(shown)} more axes; --verbose or --json lists them"
+        rest = [c for c in axis.coupled if c not in shown]
+        inner = all(c.role == "activation" for c in rest)
+        yield f"  coupled with {len(rest)} {'axes of activations' if inner else 'more axes'}; --verbose lists them"
 
 
 def _path(tensor: str, axis: int, part: FrozenPart) -> str:

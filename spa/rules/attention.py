@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import math
 
+from spa.axes import Axis
 from spa.rules.base import Op, Rule, Zero, register
 from spa.rules.notation import Einsum
 
 MS = "com.microsoft"
 ROLES = {"h": "kv-head", "r": "head", "d": "qk-dim", "e": "v-dim"}
-VALUES = Zero(any_of=(2,))
-"""The output is zero where the values are."""
+
+def _values(slots: tuple[int, ...]) -> Zero:
+    """The output is zero where the values, past and present, and their bias are."""
+    return Zero(all_of=slots, outputs=(0, 2))
 
 
-def _bind(op: Op, text: str, sizes: dict[str, int], scale: str = "scale") -> None:
-    """Bind a notation with names b s t p u (tokens), h r (heads), d e (dims); keep the softmax scale."""
-    roles = dict(ROLES) if sizes.get("r", 1) > 1 else {**ROLES, "h": "head"}
-    bound = Einsum(text, sizes, macs="b h r s t d, b h r s t e", roles=roles).bind(op)
-    if not bound:
-        return
+
+def _tokens(op: Op, bound: dict[str, Axis]) -> None:
     for name in "stpum":
         if name in bound:
             op.freeze(bound[name], f"{op.node.op_type} runs a softmax over tokens")
+
+
+def _scores(op: Op, axis: Axis, past: int) -> None:
+    """Queries times keys are summed over `axis`: zero queries are enough, zero keys only if none come from a cache."""
+    slots = (0, 1) if op.input(past) is None else (0,)
+    carriers = [(slot, len(x.dims) - 1) for slot in slots if (x := op.input(slot)) is not None]
+    op.flow(axis, carriers, leaving="sum", role="qk-dim")
+
+
+def _bind(op: Op, text: str, sizes: dict[str, int], past: int, scale: str = "scale") -> None:
+    """Bind a notation with names b s t p u (tokens), h r (heads), d e (dims); keep the softmax scale."""
+    roles = dict(ROLES) if sizes.get("r", 1) > 1 else {**ROLES, "h": "head"}
+    bound = Einsum(text, sizes, leaving={"d": "pass"}, macs="b h r s t d, b h r s t e", roles=roles).bind(op)
+    if not bound:
+        return
+    _tokens(op, bound)
+    _scores(op, bound["d"], past)
     head_dim = op.axes.size(bound["d"])
     if not op.attr(scale) and isinstance(head_dim, int):
         op.pin(scale, 1.0 / math.sqrt(head_dim), bound["d"])
@@ -52,10 +68,10 @@ def _attention(op: Op) -> None:
         op.freeze_all("Attention with unknown heads")
         return
     text = f"{tensors}, {_mask(op, 3)}, b h p d, b h p e, ~ -> {out}, b h u d, b h u e"
-    _bind(op, text, {"h": kv, "r": heads // kv})
+    _bind(op, text, {"h": kv, "r": heads // kv}, 4)
 
 
-register("Attention", Rule(_attention, "b s (h r d), b t (h d), b t (h e) -> b s (h r e), and 4-D", VALUES), since=23)
+register("Attention", Rule(_attention, "b s (h r d), b t (h d), b t (h e) -> b s (h r e), and 4-D", _values((2, 5))), since=23)
 
 
 def _packed_attention(op: Op) -> None:
@@ -113,24 +129,26 @@ def _multi_head(op: Op) -> None:
     if q is None or k is None or v is None or len(q.dims) != 3 or len(k.dims) != 3 or len(v.dims) != 3:
         op.freeze_all("MultiHeadAttention with packed or cached tensors")
         return
-    text = "b s (h d), b t (h d), b t (h e), ~, ~, b h s m, b h p d, b h p e -> b s (h e), b h u d, b h u e"
+    text = "b s (h d), b t (h d), b t (h e), w, ~, b h s m, b h p d, b h p e -> b s (h e), b h u d, b h u e"
     heads = int(op.attr("num_heads"))
-    bound = Einsum(text, {"h": heads}, macs="b h s t d, b h s t e", roles={**ROLES, "h": "head"}).bind(op)
+    roles = {**ROLES, "h": "head"}
+    bound = Einsum(text, {"h": heads}, leaving={"d": "pass"}, macs="b h s t d, b h s t e", roles=roles).bind(op)
     if not bound:
         return
+    if op.input(7) is not None:
+        op.axes.same(bound["d"], bound["e"])  # the kernel wants caches of one shape
     if bias is not None:
         width = op.axes.product_of((bound["h"], bound["d"]))
         op.axes.cat(bias.dims[0], [width, width, op.axes.product_of((bound["h"], bound["e"]))])
-    for name in "stpum":
-        if name in bound:
-            op.freeze(bound[name], "MultiHeadAttention runs a softmax over tokens")
+    _tokens(op, bound)
+    _scores(op, bound["d"], 6)
     op.edit("num_heads", None, bound["h"])
     head_dim = op.axes.size(bound["d"])
     if not op.attr("scale") and isinstance(head_dim, int):
         op.pin("scale", 1.0 / math.sqrt(head_dim), bound["d"])
 
 
-register("MultiHeadAttention", Rule(_multi_head, "b s (h d), b t (h d), b t (h e) -> b s (h e)", VALUES), domain=MS)
+register("MultiHeadAttention", Rule(_multi_head, "b s (h d), b t (h d), b t (h e) -> b s (h e)", _values((2, 3, 7))), domain=MS)
 
 
 def _group_query(op: Op) -> None:
@@ -139,18 +157,20 @@ def _group_query(op: Op) -> None:
         op.freeze_all("GroupQueryAttention with packed tensors")
         return
     heads, kv = int(op.attr("num_heads")), int(op.attr("kv_num_heads"))
+    lengths = op.input(5)
+    last = "b ~" if lengths is not None and len(lengths.dims) == 2 else "b"
     text = (
-        "b s (h r d), b t (h d), b t (h d), b h p d, b h p d, ~, ~, ~, ~, ~, b (h r) s m, (h r)"
+        f"b s (h r d), b t (h d), b t (h d), b h p d, b h p d, {last}, ~, ~, ~, b s, b (h r) s m, (h r)"
         " -> b s (h r d), b h u d, b h u d"
     )
-    _bind(op, text, {"h": kv, "r": heads // kv})
+    _bind(op, text, {"h": kv, "r": heads // kv}, 3)
     # the kernel reads its rotary tables and caches by head size
     head_dim = op.axes.leaf(q.shape[2] // heads)
     op.axes.prod(q.dims[2], [op.axes.leaf(heads), head_dim])
     op.freeze(head_dim, "GroupQueryAttention needs whole heads")
 
 
-register("GroupQueryAttention", Rule(_group_query, "b s (h r d), b t (h d), b t (h d) -> b s (h r d)", VALUES), domain=MS)
+register("GroupQueryAttention", Rule(_group_query, "b s (h r d), b t (h d), b t (h d) -> b s (h r d)", _values((2, 4))), domain=MS)
 
 _ROTARY_TEXT = {
     (4, 0): "b h s (2 k), {} -> b h s (2 k)",
@@ -174,7 +194,9 @@ def _rotary(op: Op) -> None:
         op.freeze_all("RotaryEmbedding over a part of the head")
         return
     table = "b s k" if len(cosine.dims) == 3 else "x k"
-    others = f"{table}, {table}, ~" if op.node.domain != MS else f"~, {table}, {table}"
+    index = op.input(3 if op.node.domain != MS else 1)
+    positions = "b s" if index is not None and len(index.dims) == 2 else "~"
+    others = f"{table}, {table}, {positions}" if op.node.domain != MS else f"{positions}, {table}, {table}"
     text = _ROTARY_TEXT[len(x.dims), int(op.attr("interleaved", 0))].format(others)
     bound = Einsum(text, {"k": pairs}, roles={"h": "head", "k": "qk-dim"}).bind(op)
     for name in ("s", "x"):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from spa.rules.base import FACTOR, NEVER, Rule, Zero, register
-from spa.rules.notation import einsum
+from spa.rules.base import FACTOR, NEVER, Op, Rule, Zero, register
+from spa.rules.notation import Einsum, einsum
 
 UNARY = "... -> ..."
 BINARY = "..., ... -> ..."
@@ -18,20 +18,53 @@ def _pointwise(text: str, zero: Zero, divisors: tuple[int, ...] = ()) -> Rule:
 # f(0) = 0: a channel whose weights are zero stays zero
 register(
     "Relu LeakyRelu Elu Selu Celu ThresholdedRelu Tanh Erf Gelu HardSwish Mish Swish Softsign Shrink Sin Tan Asin Atan "
-    "Sinh Asinh Atanh Sqrt Abs Neg Sign Floor Ceil Round Identity Cast BitwiseNot",
+    "Sinh Asinh Atanh Sqrt Abs Neg Sign Floor Ceil Round Identity Cast",
     _pointwise(UNARY, FACTOR),
 )
 # f(0) != 0, or it depends on attributes
-register("Sigmoid HardSigmoid Softplus Exp Cos Cosh Acos Acosh Not IsNaN IsInf Bernoulli", _pointwise(UNARY, NEVER))
+register("Sigmoid HardSigmoid Softplus Exp Cos Cosh Acos Acosh Not BitwiseNot IsNaN IsInf", _pointwise(UNARY, NEVER))
 register("Reciprocal Log", _pointwise(UNARY, NEVER, divisors=(0,)))
-register("Dropout", _pointwise("..., ~, ~ -> ..., ...", FACTOR))
-register("Clip", _pointwise("..., ~, ~ -> ...", NEVER))
+
+
+def _dropout(op: Op) -> None:
+    """The identity at inference; in training it draws random numbers for the whole tensor."""
+    training = op.input(2)
+    if training is not None and (training.const is None or bool(training.const.reshape(-1)[0])):
+        op.freeze_all("Dropout in training")
+    else:
+        Einsum("..., ~, ~ -> ..., ...")(op)
+
+
+register("Dropout", Rule(_dropout, "..., ~, ~ -> ..., ...", Zero(any_of=(0,), outputs=(0,))))
+
+
+def _clipped(op: Op) -> Zero:
+    """Zero stays zero where it lies between the limits."""
+    for slot, name, sign in ((1, "min", 1), (2, "max", -1)):
+        operand = op.input(slot)
+        limit = op.attr(name, 0.0) if operand is None else None if operand.const is None else operand.const.reshape(-1)[0]
+        if limit is None or limit * sign > 0:
+            return NEVER
+    return FACTOR
+
+
+register("Clip", Rule(einsum("..., ~, ~ -> ...").apply, "..., ~, ~ -> ...", _clipped))
 register("CastLike", _pointwise("..., ~ -> ...", FACTOR))
 
 register("Add Sub", _pointwise(BINARY, Zero(all_of=(0, 1))))
 register("Mul And BitwiseAnd", _pointwise(BINARY, Zero(any_of=(0, 1))))
 register("Div", _pointwise(BINARY, FACTOR, divisors=(1,)))
-register("Pow", _pointwise(BINARY, FACTOR))
+
+
+def _power(op: Op) -> Zero:
+    """0 ** y is zero for y > 0."""
+    exponent = op.input(1)
+    known = exponent.const if exponent is not None else None
+    positive = known is not None and all(v is not None and v > 0 for v in known.reshape(-1).tolist())
+    return FACTOR if positive else NEVER
+
+
+register("Pow", Rule(einsum(BINARY).apply, BINARY, _power, combines=True))
 register("Mod BitShift", _pointwise(BINARY, FACTOR, divisors=(1,)))
 register("PRelu", _pointwise(BINARY, FACTOR))
 register("Or Xor BitwiseOr BitwiseXor", _pointwise(BINARY, Zero(all_of=(0, 1))))

@@ -40,7 +40,7 @@ def _deform_conv(op: Op) -> None:
     if op.attr("offset_group", 1) != 1:
         op.freeze_all("DeformConv with several offset groups")
     else:
-        text = "b (g i) ~, (g o) i ~, ~, (g o), ~ -> b (g o) ~"
+        text = "b (g i) ~, (g o) i ~, b ~, (g o), b ~ -> b (g o) ~"
         Einsum(text, _GROUPS, macs="b g o i ~1 ~y", roles=_CHANNEL)(op)
 
 
@@ -104,6 +104,7 @@ register(
     "DynamicQuantizeMatMul",
     einsum(
         "... m k, k n, n, n, n -> ... m n",
+        zero=Zero(any_of=(2,), all_of=(4,)),
         leaving={"...": "stat", "m": "stat", "k": "stat"},
         macs="... m k n",
         roles={"k": "neuron", "n": "neuron"},
@@ -142,8 +143,8 @@ def _einsum(op: Op) -> None:
     equation = str(op.attr("equation", "")).replace(" ", "")
     left, arrow, right = equation.partition("->")
     if not arrow:
-        op.freeze_all("Einsum without an explicit output")
-        return
+        letters = sorted(c for c in set(left) if c.isalpha() and left.count(c) == 1)
+        right = ("..." if "..." in left else "") + "".join(letters)
     if any(len(set(t.replace("...", ""))) < len(t.replace("...", "")) for t in left.split(",")):
         op.freeze_all("Einsum with a repeated letter in one operand")
         return

@@ -142,9 +142,9 @@ def _window(op: Op, source: Axis, target: Axis, size: int, start: int, stop: int
     op.axes.cat(source, [before, target, after])
     slots: tuple[str | int, str | int] = (1, 2) if op.input(1) is not None else ("starts", "ends")
     if start:
-        op.edit(slots[0], k, before)
+        op.edit(slots[0], k, before, watch=(source,))
     if stop < size:
-        op.edit(slots[1], k, before, target)
+        op.edit(slots[1], k, before, target, watch=(source,))
 
 
 register("Slice", Rule(_slice, "in axis = before, out, after; steps take single positions", FACTOR, selects=True))
@@ -170,15 +170,19 @@ def _gather(op: Op) -> None:
         for d, dim in enumerate(index.dims):
             _pair(op, index, d, y, axis + d, dim)
         return
+    op.axes.same(index.dims[0], y.dims[axis])
+    _taken(op, x.dims[axis], y.dims[axis], size, positions)
+
+
+def _taken(op: Op, source: Axis, out: Axis, size: int, positions: Sequence[int | None]) -> None:
+    """Position k of `out` is position `positions[k]` of `source`; input 1 holds them."""
     taken = np.array([int(p) % size for p in positions if p is not None], dtype=np.int64)
-    out = y.dims[axis]
-    op.axes.same(index.dims[0], out)
     start = int(taken[0]) if len(taken) else 0
     if np.array_equal(taken, np.arange(start, start + len(taken))):
-        op.axes.cat(x.dims[axis], [op.axes.leaf(start), out, op.axes.leaf(size - start - len(taken))])
+        op.axes.cat(source, [op.axes.leaf(start), out, op.axes.leaf(size - start - len(taken))])
     else:
-        op.axes.take(out, x.dims[axis], taken)
-    op.remap(1, x.dims[axis], out)
+        op.axes.take(out, source, taken)
+    op.remap(1, source, out)
 
 
 def _only_measured(value: ir.Value) -> bool:
@@ -219,6 +223,14 @@ def _gather_nd(op: Op) -> None:
     batch = int(op.attr("batch_dims", 0))
     depth = int(index.shape[-1])  # type: ignore[arg-type]  # static, checked above
     op.freeze(index.dims[-1], "GatherND reads coordinates")
+    positions, size = op.ints(1), x.shape[0]
+    if not batch and depth == 1 and len(index.dims) == 2 and positions and None not in positions and isinstance(size, int):
+        # x[idx]: constant positions along the first axis, as in Gather
+        op.axes.same(index.dims[0], y.dims[0])
+        _taken(op, x.dims[0], y.dims[0], size, positions)
+        for dim, out in zip(x.dims[1:], y.dims[1:], strict=True):
+            op.axes.same(dim, out)
+        return
     for d in range(len(x.dims)):
         if d < batch:
             op.axes.same(x.dims[d], index.dims[d])
@@ -231,7 +243,7 @@ def _gather_nd(op: Op) -> None:
         op.axes.same(index.dims[d], y.dims[d])
 
 
-register("GatherND", Rule(_gather_nd, "looked-up axes are frozen, trailing axes pass", FACTOR))
+register("GatherND", Rule(_gather_nd, "looked-up axes are frozen, trailing axes pass; as Gather for x[constant]", FACTOR))
 
 
 def _scatter_nd(op: Op) -> None:
@@ -248,7 +260,8 @@ def _scatter_nd(op: Op) -> None:
         else:
             op.axes.same(dim, updates.dims[len(index.dims) - 1 + d - depth])
     for d in range(len(index.dims) - 1):
-        op.axes.same(index.dims[d], updates.dims[d])
+        op.freeze(index.dims[d], "ScatterND writes each of these")
+        op.freeze(updates.dims[d], "ScatterND writes each of these")
 
 
 register("ScatterND", Rule(_scatter_nd, "written axes are frozen, trailing axes pass", Zero(all_of=(0, 2))))
@@ -281,7 +294,37 @@ def _pad(op: Op) -> None:
             op.edit(slot, k + len(where), after)
 
 
-register("Pad", Rule(_pad, "out axis = before, in, after", PARTS))
+def _padded(op: Op) -> Zero:
+    """What is added is zero, or a copy of what is there."""
+    if op.attr("mode", "constant") != "constant":
+        return FACTOR
+    value = op.input(2)
+    fill = op.attr("value", 0.0) if value is None else None if value.const is None else value.const.reshape(-1)[0]
+    return PARTS if fill == 0 else NEVER
+
+
+register("Pad", Rule(_pad, "out axis = before, in, after", _padded))
+
+
+def _tensor_scatter(op: Op) -> None:
+    """Writes new tokens into a cache along `axis`."""
+    x, update, where, y = op.input(0), op.input(1), op.input(2), op.output()
+    if x is None or update is None or y is None:
+        op.freeze_all("TensorScatter of a tensor of unknown rank")
+        return
+    axis = int(op.attr("axis", -2)) % len(x.dims)
+    for d, dim in enumerate(x.dims):
+        op.axes.same(dim, y.dims[d])
+        if d == axis:
+            op.freeze(dim, "TensorScatter writes at positions")
+            op.freeze(update.dims[d], "TensorScatter writes at positions")
+        else:
+            _pair(op, update, d, x, d, update.dims[d])
+    if where is not None:
+        _pair(op, where, 0, x, 0, where.dims[0])
+
+
+register("TensorScatter", Rule(_tensor_scatter, "all axes pass but `axis`, which is frozen", Zero(all_of=(0, 1))))
 
 
 def _expand(op: Op) -> None:

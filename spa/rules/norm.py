@@ -10,9 +10,17 @@ SCALED = Zero(any_of=(1,), all_of=(2,))
 
 _STAT: Leaving = "stat"
 
+
+
+def _batch_norm(op: Op) -> None:
+    """In training the statistic runs over the batch."""
+    leaving: dict[str, Leaving] = {"b": _STAT} if op.attr("training_mode", 0) else {}
+    Einsum("b c ~, c, c, c, c -> b c ~, c, c, c, c", leaving=leaving, roles={"c": "channel"})(op)
+
+
 register(
     "BatchNormalization",
-    einsum("b c ~, c, c, c, c -> b c ~, c, c, c, c", zero=SCALED, roles={"c": "channel"}),
+    Rule(_batch_norm, "b c ~, c, c, c, c -> b c ~, c, c, c, c", Zero(any_of=(1,), all_of=(2,), outputs=(0,))),
 )
 # statistics run over the trailing dimensions, never over channels; GroupNorm is exported as this between reshapes
 register("InstanceNormalization", einsum("b c ..., c, c -> b c ...", zero=SCALED, leaving={"...": _STAT}))
@@ -45,7 +53,7 @@ register(
     "SkipLayerNormalization",
     einsum(
         "... c, ... c, c, c, c -> ... c, ... 1, ... 1, ... c",
-        zero=Zero(any_of=(2,), all_of=(3,)),
+        zero=Zero(any_of=(2,), all_of=(3,), outputs=(0,)),
         leaving={"c": _STAT},
         roles=_HIDDEN,
     ),
@@ -55,7 +63,7 @@ register(
     "SkipSimplifiedLayerNormalization",
     einsum(
         "... c, ... c, c, c -> ... c, ... 1, ... 1, ... c",
-        zero=Zero(any_of=(2,)),
+        zero=Zero(any_of=(2,), outputs=(0,)),
         leaving={"c": _STAT},
         roles=_HIDDEN,
     ),
@@ -65,7 +73,7 @@ register(
     "EmbedLayerNormalization",
     einsum(
         "~, ~, ~ c, ~ c, ~ c, c, c, ~, ~ -> ~ c, ~, ~ c",
-        zero=Zero(any_of=(5,), all_of=(6,)),
+        zero=Zero(any_of=(5,), all_of=(6,), outputs=(0,)),
         leaving={"c": _STAT},
         roles=_HIDDEN,
     ),

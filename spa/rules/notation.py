@@ -194,6 +194,8 @@ class _Bound:
     def _divide(self, term: tuple[str, ...], size: Size) -> bool:
         """Solve a product with one unknown factor; True if it is settled."""
         unknown = [n for n in dict.fromkeys(term) if not n.isdigit() and n not in self.known]
+        if size == 1 and not unknown:
+            return True
         if len(unknown) > 1:
             return False
         rest = product(int(n) if n.isdigit() else self.known[n] for n in term if n not in unknown)

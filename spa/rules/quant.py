@@ -59,9 +59,23 @@ _QLINEAR_MATMUL = einsum(
     "... m k, ~, ~, ... k n, n, n, ~, ~ -> ... m n", zero=NEVER, macs="... m k n", roles={"n": "neuron", "k": "neuron"}
 )
 register("QLinearMatMul", _QLINEAR_MATMUL)
+register("QLinearWhere", einsum("..., ..., ~, ~, ..., ~, ~, ~, ~ -> ...", zero=NEVER), domain=MS)
 register("QLinearAdd QLinearMul", einsum("..., ~, ~, ..., ~, ~, ~, ~ -> ...", zero=NEVER), domain=MS)
 register("QLinearSigmoid QLinearLeakyRelu", einsum("..., ~, ~, ~, ~ -> ...", zero=NEVER), domain=MS)
 register("QLinearGlobalAveragePool QLinearAveragePool", einsum("b c ~, ~, ~, ~, ~ -> b c ~", zero=NEVER), domain=MS)
+
+
+def _qlinear_softmax(op: Op) -> None:
+    x = op.input(0)
+    Einsum("..., ~, ~, ~, ~ -> ...")(op)
+    if x is None:
+        return
+    axis = int(op.attr("axis", -1)) % max(len(x.dims), 1)
+    for dim in x.dims[axis:] if op.attr("opset", 13) < 13 else x.dims[axis : axis + 1]:
+        op.freeze(dim, "QLinearSoftmax runs over this axis")
+
+
+register("QLinearSoftmax", Rule(_qlinear_softmax, "all axes pass but `axis`, which is frozen", NEVER), domain=MS)
 
 
 def _qgemm(op: Op) -> None:
@@ -117,5 +131,5 @@ def _matmul_nbits(op: Op) -> None:
     op.edit("K", None, op.axes.product_of((bound["q"], inner)))
 
 
-register("MatMulNBits", Rule(_matmul_nbits, "... m (q w), n q ~, n q -> ... m n, w the block", Zero(any_of=(0,))), domain=MS)
+register("MatMulNBits", Rule(_matmul_nbits, "... m (q w), n q ~, n q -> ... m n, w the block", Zero(any_of=(0, 2), all_of=(5,))), domain=MS)
 

@@ -23,8 +23,13 @@ def _recurrent(op: Op) -> None:
     bound = Einsum(
         text, macs=f"{d} {gates} s b h i, {d} {gates} s b h h", roles={"h": "hidden", "i": "neuron"}
     ).bind(op)
-    if bound:
-        op.edit("hidden_size", None, bound["h"])
+    if not bound:
+        return
+    if "s" in bound:
+        op.freeze(bound["s"], f"{op.node.op_type} runs over time")
+    # the state is multiplied by the recurrent weights
+    op.flow(bound["h"], [(2, 2)], leaving="sum", role="hidden")
+    op.edit("hidden_size", None, bound["h"])
 
 
 register("LSTM GRU RNN", Rule(_recurrent, "s b i, d (4 h) i, d (4 h) h, d (8 h), b, d b h, d b h -> s d b h, d b h, d b h", NEVER))

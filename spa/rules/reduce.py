@@ -5,12 +5,27 @@ from __future__ import annotations
 from spa.rules.base import FACTOR, NEVER, Leaving, Op, Rule, register
 from spa.rules.notation import Einsum, einsum
 
-register(
-    "AveragePool LpPool GlobalLpPool MaxPool GlobalMaxPool",
-    einsum("b c ~ -> b c ~, b c ~", zero=FACTOR),
-)
-register("MaxRoiPool", einsum("~ c h w, ~ -> ~ c h w"))
-register("RoiAlign", einsum("b c ~, ~, ~ -> r c ~", zero=FACTOR))
+register("AveragePool LpPool GlobalLpPool GlobalMaxPool", einsum("b c ~ -> b c ~", zero=FACTOR))
+
+
+def _max_pool(op: Op) -> None:
+    if op.output(1) is not None:
+        op.freeze_all("MaxPool returns positions in the whole tensor")
+    else:
+        Einsum("b c ~ -> b c ~")(op)
+
+
+register("MaxPool", Rule(_max_pool, "b c ~ -> b c ~", FACTOR))
+
+
+def _regions(op: Op) -> None:
+    """RoiAlign, MaxRoiPool: every region names the image it is cut from."""
+    bound = Einsum("b c ~, r ~, r -> r c ~").bind(op)
+    if bound:
+        op.freeze(bound["b"], f"{op.node.op_type} looks images up")
+
+
+register("RoiAlign MaxRoiPool", Rule(_regions, "b c ~, r ~, r -> r c ~, b is frozen", FACTOR))
 register("GridSample", einsum("b c ~, b ~ -> b c ~", zero=FACTOR))
 
 # how a removed index leaves a reduction over its axis; the others need the whole axis
@@ -111,14 +126,14 @@ _COERCING = ("Softmax", "LogSoftmax", "Hardmax")
 
 
 def _axis(op: Op) -> int | None:
-    if op.node.op_type == "CumSum":
+    if op.node.op_type in ("CumSum", "CumProd"):
         values = op.ints(1)
         return values[0] if values else None
     default = {"ArgMax": 0, "ArgMin": 0}.get(op.node.op_type, 1 if op.version < 13 else -1)
     return int(op.attr("axis", -1 if op.node.op_type == "TopK" else default))
 
 
-register("Softmax LogSoftmax Hardmax ArgMax ArgMin TopK CumSum", Rule(_along, "all axes pass but `axis`, which is frozen"))
+register("Softmax LogSoftmax Hardmax ArgMax ArgMin TopK CumSum CumProd", Rule(_along, "all axes pass but `axis`, which is frozen"))
 
 
 def _trilu(op: Op) -> None:

@@ -97,4 +97,20 @@ def _adaptive(op: Op) -> None:
 
 
 register("Reshape", Rule(_reshape, "runs of dimensions with equal products are one space", FACTOR))
-register("Flatten Squeeze Unsqueeze", Rule(_adaptive, "as Reshape, without a target", FACTOR))
+register("Flatten Unsqueeze", Rule(_adaptive, "as Reshape, without a target", FACTOR))
+
+
+def _squeeze(op: Op) -> None:
+    """Without axes it drops whatever has size 1: that must not become more."""
+    _adaptive(op)
+    x, y = op.input(0), op.output()
+    if x is not None and y is not None and op.input(1) is None and op.attr("axes") is None:
+        dropped = tuple(d for d, size in enumerate(x.shape) if size == 1)
+        if len(dropped) != len(x.dims) - len(y.dims):
+            op.freeze_all("Squeeze of axes known only at run time")
+        for d, dim in enumerate(x.dims):
+            if d not in dropped:
+                op.pin(1 if op.version >= 13 else "axes", dropped, dim)
+
+
+register("Squeeze", Rule(_squeeze, "as Reshape, without a target", FACTOR))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from spa.shapes.basic import SHAPES as BASIC
 from spa.shapes.basic import joint
 from spa.shapes.op import Op, Result, Shape, Table, merge
+from spa.shapes.spatial import SHAPES as SPATIAL
 from spa.shapes.spatial import convolved
 from spa.symbols import Size, exact_div
 
@@ -140,7 +141,11 @@ def _multi_head(op: Op) -> Result:
     width: Size = q[2]
     if v is not None:
         width = v[2] if len(v) == 3 else v[1] * v[3]
-    return [(q[0], q[1], width)]
+    y: Shape = (q[0], q[1], width)
+    heads = op.attr("num_heads", 1)
+    widths = [exact_div(size, heads) for size in (q[2], width)]
+    total = op.fresh()
+    return [y, *[(q[0], heads, total, op.fresh() if w is None else w) for w in widths]][: len(op.node.outputs)]
 
 
 @SHAPES.rule("GroupQueryAttention", MS)
@@ -149,10 +154,12 @@ def _group_query(op: Op) -> Result:
     if q is None or len(q) != 3:
         return None
     heads, groups = op.attr("num_heads", 1), op.attr("kv_num_heads", 1)
-    if op.has(1):
-        return [q]
-    head = exact_div(q[2], heads + 2 * groups)  # packed q, k and v
-    return [(q[0], q[1], op.fresh() if head is None else head * heads)]
+    packed = not op.has(1)
+    head = exact_div(q[2], heads + 2 * groups if packed else heads)
+    if head is None:
+        head = op.fresh()
+    present: Shape = (q[0], groups, op.fresh(), head)
+    return [(q[0], q[1], head * heads) if packed else q, present, present][: len(op.node.outputs)]
 
 
 # --- fused operators of ONNX Runtime: the first output ----------------------------------------------------------------
@@ -168,7 +175,10 @@ def _skip_norm(op: Op) -> Result:
 @SHAPES.rule("EmbedLayerNormalization", MS)
 def _embed_norm(op: Op) -> Result:
     ids, table = op.shape(0), op.shape(2)
-    return None if ids is None or not table else [(*ids, table[-1])]
+    if ids is None or not table:
+        return None
+    y: Shape = (*ids, table[-1])
+    return [y, (ids[0],), y][: len(op.node.outputs)]
 
 
 @SHAPES.rule("FusedMatMul", MS)
@@ -203,6 +213,11 @@ def _fused_conv(op: Op) -> Result:
 @SHAPES.rule("QLinearAdd QLinearMul", MS)
 def _quantized_binary(op: Op) -> Result:
     return joint([op.shape(0), op.shape(3)])
+
+
+@SHAPES.rule("QLinearWhere", MS)
+def _quantized_where(op: Op) -> Result:
+    return joint([op.shape(0), op.shape(1), op.shape(4)])
 
 
 @SHAPES.rule("QLinearConcat", MS)
@@ -246,6 +261,9 @@ SHAPES.add(
 SHAPES.add("BiasGelu BiasAdd BiasSoftmax BiasDropout BitmaskDropout DynamicQuantizeLinear", lambda op: [op.shape()], MS)
 # operators that ONNX Runtime keeps under the default domain name in older files
 SHAPES.add("SimplifiedLayerNormalization", BASIC["", "LayerNormalization"])
+SHAPES.add("SimplifiedLayerNormalization", BASIC["", "LayerNormalization"], MS)
+SHAPES.add("FusedGemm GemmFastGelu", SHAPES["", "Gemm"], MS)
+SHAPES.add("QLinearAveragePool", SPATIAL["", "AveragePool"], MS)
 
 
 @SHAPES.rule("BiasSplitGelu", MS)

@@ -40,7 +40,7 @@ CASES = [
     case(MS + "MultiHeadAttention", "2x3x24 2x5x24 2x5x32", "?", num_heads=4, scale=0.3),
     case(MS + "MultiHeadAttention", "2x3x24 2x5x24 2x5x32 - - 2x4x3x5", "?", num_heads=4),
     case(MS + "MultiHeadAttention", "2x3x24 2x5x24 2x5x32 - - 2x1x3x5", "?", num_heads=4),
-    case(MS + "MultiHeadAttention", "2x3x24 2x3x24 2x3x32 - - - 2x4x2x6 2x4x2x8", "?", num_heads=4, outs="111"),
+    case(MS + "MultiHeadAttention", "2x3x24 2x3x24 2x3x24 - - - 2x4x2x6 2x4x2x6", "?", num_heads=4, outs="111"),
     case(
         MS + "GroupQueryAttention",
         "2x1x32 2x1x16 2x1x16 2x2x4x8 2x2x4x8 i32:[3,3] i32:{4}",

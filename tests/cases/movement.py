@@ -77,6 +77,8 @@ CASES = [
     case("Scatter", "3x6 i64<6:3x4 3x4", "?", opset=9, axis=1),
     case("ScatterND", "3x4x5 i64<3:6x1 6x4x5", "?"),
     case("ScatterND", "3x4x5 i64<3:6x2 6x5", "?", reduction="add"),
+    case("TensorScatter", "2x3x8x4 2x3x5x4 i64<3:2", "?", opset=24),
+    case("TensorScatter", "2x8x4 2x5x4", "?", opset=24, axis=1),
     case("Pad", "3x4 [0,1,0,2]", "?"),
     case("Pad", "3x4 [0,1,0,2] {1.5}", "?"),
     case("Pad", "3x4x5 [1,2] - [1]", "?"),

@@ -19,5 +19,5 @@ CASES = [
     case("RNN", "5x2x3 1x4x3 1x4x4", "?", hidden_size=4, outs="11"),
     case("RNN", "5x2x3 1x4x3 1x4x4 1x8 - 1x2x4", "?", hidden_size=4, outs="01", direction="reverse"),
     case("RNN", "5x2x3 2x4x3 2x4x4 2x8 [3,5]", "?", hidden_size=4, outs="11", direction="bidirectional"),
-    case("RNN", "2x5x3 1x4x3 1x4x4 1x8", "?", hidden_size=4, outs="11", layout=1, activations=["Relu"]),
+    case("RNN", "2x5x3 1x4x3 1x4x4 1x8", "?", hidden_size=4, outs="11", layout=1),
 ]
