@@ -14,7 +14,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from spa.axes import LEAF, PROD, Axis, Solution
-from spa.coupling import Coupling
+from spa.coupling import Coupling, weights_of
 from spa.symbols import Size, bind, is_static
 
 Metric = Literal["macs", "parameters", "bytes"]
@@ -27,6 +27,11 @@ _COUNTED |= {"FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "
 def counts_as_parameter(tensor: ir.TensorProtocol) -> bool:
     """Floating-point and quantised tensors are parameters; integers, booleans and strings are structure."""
     return tensor.dtype.name in _COUNTED
+
+
+def parameters_of(model: ir.Model) -> int:
+    """Parameters of a model as it stands: un-shared weights count as often as they are stored."""
+    return sum(t.size for _, t in weights_of(model.graph) if counts_as_parameter(t))
 
 
 @dataclass(frozen=True)

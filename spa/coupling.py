@@ -78,7 +78,7 @@ def couple(model: ir.Model, *, border: bool = True) -> Coupling:
     inputs and outputs of the graph may shrink too: that is how a single operator is tested.
     """
     shapes = infer(model)
-    weights = dict(_weights(model.graph))
+    weights = dict(weights_of(model.graph))
     coupling = Coupling(model, shapes, Axes(), Relations(), [], {}, set(weights), weights, {})
     nodes = list(_nodes(model.graph))
     for node in nodes:
@@ -156,7 +156,8 @@ def _freeze_border(coupling: Coupling) -> None:
                 coupling.axes.freeze(axis, Reason(why))
 
 
-def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+def weights_of(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Initializers and constants of a graph and its subgraphs."""
     for value in graph.initializers.values():
         if value.const_value is not None:
             yield value, value.const_value
@@ -165,7 +166,7 @@ def _weights(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
         if tensor is not None:
             yield node.outputs[0], tensor
         for sub in _subgraphs(node):
-            yield from _weights(sub)
+            yield from weights_of(sub)
 
 
 def tensor_of(node: ir.Node) -> ir.TensorProtocol | None:

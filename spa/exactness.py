@@ -10,7 +10,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from spa.coupling import Coupling
-from spa.rules import Op, Operand, Zero
+from spa.rules import Op, Operand, Rule
 
 
 def poisonous(coupling: Coupling) -> set[ir.Value]:
@@ -32,33 +32,44 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
     for k, op in enumerate(coupling.ops):
         rule = coupling.rules.get(k)
         if rule is not None:
-            _forward(coupling, op, rule.zero_of(op), zero, poison)
-    operands = {op.node: op for op in coupling.ops}
+            _forward(coupling, op, rule, zero, poison)
+    known = {op.node: (op, coupling.rules.get(k)) for k, op in enumerate(coupling.ops)}
     out: dict[int, str] = {}
     for flow in coupling.relations.flows:
         if flow.leaving == "pass":
             continue
-        op = operands[flow.node]
+        op, rule = known[flow.node]
         where = f"{flow.node.op_type} {flow.node.name or ''}".strip()
         for leaf in solution.leaves(flow.axis):
             if leaf in out:
                 continue
             if flow.leaving != "sum":
                 out[leaf] = f"{flow.leaving} over it in {where}"
-            elif not any(leaf in _zeros(coupling, op.inputs[slot], zero, poison) for slot, _ in flow.inputs):
+            elif not any(leaf in _zeros(coupling, op, rule, slot, zero, poison) for slot, _ in flow.inputs):
                 out[leaf] = f"summed without a zero factor in {where}"
     return out
 
 
 def _zeros(
-    coupling: Coupling, operand: Operand | None, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
+    coupling: Coupling, op: Op, rule: Rule | None, slot: int, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
 ) -> set[int]:
     """Leaves on which an operand is zero once their parameters are."""
-    if operand is None:
+    operand = op.inputs[slot]
+    point = rule.points.get(slot) if rule is not None else None
+    if operand is None or (point is not None and not _vanishes(coupling, op.input(point))):
         return set()
     if operand.value in coupling.weights:
         return set() if operand.value in poison else _leaves(coupling, operand)
     return zero.get(operand.value, set())
+
+
+def _vanishes(coupling: Coupling, operand: Operand | None) -> bool:
+    """Whether a zero point is absent or known to be zero."""
+    if operand is None:
+        return True
+    tensor = coupling.weights.get(operand.value)
+    known = tensor.numpy() if tensor is not None else operand.const
+    return known is not None and not known.astype(bool).any()
 
 
 def _leaves(coupling: Coupling, operand: Operand) -> set[int]:
@@ -66,23 +77,24 @@ def _leaves(coupling: Coupling, operand: Operand) -> set[int]:
 
 
 def _forward(
-    coupling: Coupling, op: Op, rule: Zero, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
+    coupling: Coupling, op: Op, rule: Rule, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
 ) -> None:
-    if rule.never:
+    when = rule.zero_of(op)
+    if when.never:
         return
     present = [k for k, operand in enumerate(op.inputs) if operand is not None]
-    summands = present if rule.all_of == "all" else [k for k in rule.all_of if k in present]
-    factors = [k for k in rule.any_of if k in present]
-    zeros = {k: _zeros(coupling, op.inputs[k], zero, poison) for k in {*summands, *factors}}
+    summands = present if when.all_of == "all" else [k for k in when.all_of if k in present]
+    factors = [k for k in when.any_of if k in present]
+    zeros = {k: _zeros(coupling, op, rule, k, zero, poison) for k in {*summands, *factors}}
     for k, operand in enumerate(op.outputs):
         if operand is None or (rule.outputs and k not in rule.outputs):
             continue
         leaves = _leaves(coupling, operand)
-        if rule.any_of:
+        if when.any_of:
             leaves &= set().union(*(zeros[k] for k in factors)) if factors else set()
         for k in summands:
             summand = op.inputs[k]
-            outside = leaves - _leaves(coupling, summand) if rule.parts and summand is not None else set()
+            outside = leaves - _leaves(coupling, summand) if when.parts and summand is not None else set()
             leaves &= zeros[k] | outside
         if leaves:
             zero[operand.value] = leaves

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from spa.budget import parse_targets, select
 from spa.budget.select import Align, Allocation, MinKeep
-from spa.cost import Metric
+from spa.cost import Metric, parameters_of
 from spa.coupling import tensor_of
 from spa.criteria import CRITERIA, Aggregation, Normalisation, normalise
 from spa.errors import OutputError, PlanError, TargetError, UsageError
@@ -203,8 +203,9 @@ def prune(
         "min_keep": str(min_keep),
         "seed": seed,
     }
-    most = min((t.bound(graph.file_bytes) for t in targets if t.metric == "bytes"), default=None)
-    spare = 0
+    full: dict[Metric, float] = {"bytes": graph.file_bytes, "parameters": analysis.parameters}
+    most = {m: min(t.bound(full[m]) for t in targets if t.metric == m) for m in full if m in {t.metric for t in targets}}
+    spare: dict[Metric, float] = {}
     while True:
         with clock.stage("plan"):
             chosen = select(
@@ -218,7 +219,7 @@ def prune(
         try:
             return _finish(job, most)
         except _Oversize as error:
-            spare += error.excess
+            spare[error.metric] = spare.get(error.metric, 0) + error.excess
 
 
 def apply(
@@ -401,48 +402,57 @@ class _Job:
 
 
 class _Oversize(Exception):
-    """The written file is larger than a target on bytes allows; its structure took more than estimated."""
+    """What is written has more bytes or parameters than a target allows: structure and un-shared weights took more
+    than estimated."""
 
-    def __init__(self, excess: int) -> None:
-        super().__init__(excess)
-        self.excess = excess
+    def __init__(self, metric: Metric, excess: float) -> None:
+        super().__init__(metric, excess)
+        self.metric, self.excess = metric, excess
 
 
-def _finish(job: _Job, most: float | None = None) -> Result:
-    """Rewrite, write to a staging folder, verify, publish; `most` bytes are accepted."""
+def _finish(job: _Job, most: Mapping[Metric, float] | None = None) -> Result:
+    """Rewrite, write to a staging folder, verify, publish; at most `most` of a metric is accepted."""
     clock = job.clock
     with clock.stage("rewrite"):
         model = rewrite(job.analysis, job.kept)
     path = Path(job.output) if job.output is not None else None
     name = path.name if path is not None else "pruned.onnx"
-    folder = Path(tempfile.mkdtemp(prefix=".spa-", dir=path.parent if path is not None else None))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".spa-", dir=path.parent if path is not None else None))
+    except OSError as error:
+        raise _unwritable(path, error) from error
     try:
         with clock.stage("save"):
             size = save(model, folder / name, external=job.graph.external)
-        if most is not None and size > most:
-            raise _Oversize(int(size - most) + 1)
+        written: dict[Metric, float] = {"bytes": size, "parameters": parameters_of(model)}
+        for metric, limit in (most or {}).items():
+            if written[metric] > limit:
+                raise _Oversize(metric, int(written[metric] - limit) + 1)
         verification = None
         if job.check:
             with clock.stage("verify"):
                 verification = _compare(job, folder / name)
                 require(verification, str(path or "the pruned model"))
         if path is not None:
-            publish({path.with_name(f.name): f for f in sorted(folder.iterdir(), reverse=True)})
+            try:
+                publish({path.with_name(f.name): f for f in sorted(folder.iterdir(), reverse=True)})
+            except OSError as error:
+                raise _unwritable(path, error) from error
         finished = restore(job.graph, model) if path is None else None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Result(finished, path, job.plan, _report(job, size, verification))
+    return Result(finished, path, job.plan, _report(job, written, verification))
 
 
-def _report(job: _Job, size: int, verification: Verification | None) -> Report:
+def _report(job: _Job, written: Mapping[Metric, float], verification: Verification | None) -> Report:
     cost = job.analysis.cost
     before = cost.totals(cost.full)
     counts = job.analysis.coupling.solution.counts(job.kept)
     after = cost.totals([c if isinstance(c, int) else full for c, full in zip(counts, cost.full, strict=True)])
     return Report(
-        _change("macs", before, after),
-        _change("parameters", before, after),
-        Change(job.graph.file_bytes, size),
+        Change(round(before["macs"]), round(after["macs"])),
+        Change(job.analysis.parameters, round(written["parameters"])),
+        Change(job.graph.file_bytes, round(written["bytes"])),
         len(job.plan.groups),
         sum(len(g.removed) for g in job.plan.groups),
         verification,
@@ -451,8 +461,9 @@ def _report(job: _Job, size: int, verification: Verification | None) -> Report:
     )
 
 
-def _change(metric: Metric, before: Mapping[Metric, float], after: Mapping[Metric, float]) -> Change:
-    return Change(round(before[metric]), round(after[metric]))
+def _unwritable(path: Path | None, error: OSError) -> OutputError:
+    where = tempfile.gettempdir() if path is None else str(path)
+    return OutputError(f"{where}: cannot be written ({error.strerror}); check the folder's permissions and free space")
 
 
 def _compare(job: _Job, pruned: ir.Model | Path) -> Verification:

@@ -85,7 +85,7 @@ def kept_by(analysis: Analysis, plan: Plan, label: str) -> Mask:
         for uses, dims in variants(analysis, value):
             if meant is not None and not any((n.outputs[0].name, k) in meant for n, k in uses):
                 continue
-            if removal.axis >= len(dims):
+            if not 0 <= removal.axis < len(dims):
                 raise PlanError(f"{label} removes along axis {removal.axis} of {removal.initializer!r}, which {_MISSING}")
             _unkeep(solution, dims[removal.axis], _mask(solution, dims[removal.axis], removal, label), kept)
     gone = np.unique(solution.label[~kept])
@@ -102,8 +102,9 @@ _MISSING = "this model does not have; the plan belongs to another model"
 
 def _mask(solution: Solution, dim: Axis, removal: Removal, label: str) -> Mask:
     mask = np.ones(len(solution.keep(dim, np.ones(solution.positions, dtype=bool))), dtype=bool)
-    if any(not 0 <= i < len(mask) for i in removal.indices):
-        raise PlanError(f"{label} removes index {max(removal.indices)} of {removal.initializer!r}, which {_MISSING}")
+    wrong = next((i for i in removal.indices if not 0 <= i < len(mask)), None)
+    if wrong is not None:
+        raise PlanError(f"{label} removes index {wrong} of {removal.initializer!r}, which {_MISSING}")
     mask[list(removal.indices)] = False
     return mask
 

@@ -41,7 +41,7 @@ IR_VERSION = 10
 OPSET = 21
 TYPES: dict[str, Any] = {
     "f": np.float32, "p": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f64": np.float64,
-    "u8": np.uint8, "i8": np.int8, "i32": np.int32, "i64": np.int64, "u64": np.uint64, "bool": np.bool_,
+    "u8": np.uint8, "i8": np.int8, "u16": np.uint16, "i16": np.int16, "u32": np.uint32, "i32": np.int32, "i64": np.int64, "u64": np.uint64, "bool": np.bool_,
 }  # fmt: skip
 _TOKEN = re.compile(r"(!)?(?:(\w+?)(?:<(\d+))?:)?(\[.*\]|\{.*\}|\d+(?:x\d+)*|\(\))")
 
@@ -88,7 +88,8 @@ class Case:
 
     def __str__(self) -> str:
         attributes = "".join(f" {k}={v}" for k, v in self.attributes.items() if not isinstance(v, onnx.GraphProto))
-        return f"{self.op} {self.operands}{attributes}" + (f" @{self.opset}" if self.opset != OPSET else "")
+        outs = f" -> {self.outs}" if self.outs != "1" else ""
+        return f"{self.op} {self.operands}{attributes}{outs}" + (f" @{self.opset}" if self.opset != OPSET else "")
 
     @property
     def domain(self) -> str:
@@ -508,6 +509,8 @@ class Law:
         changed = changed_leaves(self.solution, kept)
         present = [k for k, operand in enumerate(self.op.inputs) if operand is not None]
         summands = present if zero.all_of == "all" else [k for k in zero.all_of if k in present]
+        if any(a.dtype.kind not in "iub" and not np.isfinite(a).all() for a in self.subject.arrays.values()):
+            return  # zero times infinity is nobody's promise
         for factor in [k for k in zero.any_of if k in present] or [None]:
             slots = {*summands, *([] if factor is None else [factor])}
             if slots & set(rule.divisors):

@@ -48,7 +48,7 @@ def behind() -> Model:
 
 def external(folder: Path) -> Path:
     """A small network whose weights lie in two files beside it."""
-    model = two_layers()
+    model = two_layers(times=4)
     for k, tensor in enumerate(model.graph.initializer):
         external_data_helper.set_external_data(tensor, f"part{k % 2}.bin")
     path = folder / "model.onnx"
@@ -56,11 +56,11 @@ def external(folder: Path) -> Path:
     return path
 
 
-def two_layers(opset: int = 17, ir_version: int = 8) -> Model:
-    """Two matrix products."""
-    net = Net(opset, ir_version)
-    x = net("Relu", net.gemm(net.input("x", "n", 12), "fc1", 12, 64))
-    net.named(net.gemm(net("Relu", net.gemm(x, "fc2", 64, 32)), "fc3", 32, 4), "y")
+def two_layers(opset: int = 17, ir_version: int = 8, times: int = 1) -> Model:
+    """Two hidden layers, in any opset."""
+    net, a, b = Net(opset, ir_version), 64 * times, 32 * times
+    x = net("Relu", net.gemm(net.input("x", "n", 12), "fc1", 12, a))
+    net.named(net.gemm(net("Relu", net.gemm(x, "fc2", a, b)), "fc3", b, 4), "y")
     return net.model(y=("n", 4))
 
 

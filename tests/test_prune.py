@@ -41,7 +41,7 @@ class Setting:
         try:
             return spa.prune(source, target=self.target, **options)
         except spa.TargetError as error:
-            best = re.findall(r"is (\w+)=\S+ \((\d\.\d+) of the original\)", str(error))
+            best = re.findall(r"is (\w+)=\S+ \(([\d.]+) of the original\)", str(error))
             if not best:
                 raise
             return spa.prune(source, target=[f"{metric}={share}" for metric, share in best], **options)
@@ -79,7 +79,7 @@ def test_pruned_model(name: str, key: str, tmp_path: Path) -> None:
     result = setting.run(source, output=output, check=built.runtime)
     assert result.output == output
     assert result.model is None
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.onnx", "out.onnx"]
+    assert {p.name for p in tmp_path.iterdir()} == {source.name, "out.onnx"}
     original, pruned = onnx.load(source), onnx.load(output)
     plan = json.loads(result.plan.to_json())
     assert plan["removed"]
@@ -132,8 +132,9 @@ def _honest_numbers(
     report = result.report
     inputs = feeds(original, seed=3, dims=ONE)
     wide, slim = outside.runnable(original, built.functions), outside.runnable(pruned, built.functions)
+    # behind an unknown operator the batch has no name, so no size can be given for it
     counted = {
-        "macs": (outside.macs(wide, inputs), outside.macs(slim, inputs)),
+        "macs": (None, None) if built.functions else (outside.macs(wide, inputs), outside.macs(slim, inputs)),
         "parameters": (outside.parameters(original), outside.parameters(pruned)),
     }
     for metric, (before, after) in counted.items():
@@ -147,7 +148,7 @@ def _honest_numbers(
     assert report.bytes.after == output.stat().st_size
     for text in result.plan.settings["targets"]:
         metric, limit = text.split("=")
-        change = {"macs": report.macs, "params": report.parameters, "size": report.bytes}[metric.replace("parameters", "params").replace("bytes", "size")]
+        change = {"macs": report.macs, "size": report.bytes}.get(metric, report.parameters)
         share = float(limit.rstrip("%")) / (100 if "%" in limit else 1)
         assert change.after <= share * change.before
     assert report.groups == len(result.plan.groups)

@@ -7,6 +7,7 @@ cost of a layer falls with both its producer and its consumer), never a sum of i
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -81,7 +82,7 @@ def select(
     allocation: Allocation = "global",
     align: Align = "auto",
     min_keep: MinKeep | None = None,
-    spare: int = 0,
+    spare: Mapping[Metric, float] | None = None,
 ) -> Selection:
     """Choose the units that leave.
 
@@ -93,14 +94,14 @@ def select(
         allocation: `global` ranks all units together, `uniform` removes the same share of every group.
         align: kept units per group are a multiple of this; `auto` chooses, and yields where a target needs it.
         min_keep: units to keep at least, per group; None keeps a tenth, and yields where a target needs it.
-        spare: bytes to stay below a limit on bytes, for what the file holds besides its weights.
+        spare: how far to stay below the limits, for what the written file holds beyond the estimate.
 
     Raises:
         TargetError: the targets cannot be reached; names the best reachable point and what freezes the rest.
     """
     cost = analysis.cost
     original = cost.totals(cost.full)
-    limits = {t: t.bound(original[t.metric]) - (spare if t.metric == "bytes" else 0) for t in targets}
+    limits = {t: t.bound(original[t.metric]) - (spare or {}).get(t.metric, 0.0) for t in targets}
     floor: dict[Metric, float] = {}
     for step, keep in _relaxations(align, min_keep):
         queues = [_queue(g, scores[g.name], min(step, alignment(g, align)), keep(g)) for g in groups]
@@ -230,11 +231,17 @@ def _unreachable(
         return f"nothing in this model can be pruned with these options{why}"
     missed = [t for t, limit in limits.items() if floor[t.metric] > limit]
     parts = [
-        f"{t.text} cannot be reached: the best is {t.metric}={floor[t.metric]:.4g} "
-        f"({floor[t.metric] / original[t.metric]:.3f} of the original)"
+        f"{t.text} cannot be reached: the best is {t.metric}={_up(floor[t.metric], 4):.4g} "
+        f"({_up(floor[t.metric] / original[t.metric], 3):.3g} of the original)"
         for t in missed
     ]
     return f"{' and '.join(parts)}; {_why(frozen)}"
+
+
+def _up(number: float, digits: int) -> float:
+    """Rounded up, so that what a message names as reachable is."""
+    unit = 10.0 ** (math.floor(math.log10(number)) + 1 - digits) if number > 0 else 1.0
+    return math.ceil(number / unit * (1 - 1e-12)) * unit
 
 
 def _why(frozen: Sequence[Frozen]) -> str:

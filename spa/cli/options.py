@@ -71,7 +71,7 @@ def check_output(model: Path, output: Path, *others: Path | None) -> None:
     for read in (model, *others):
         if read is not None and _same(read, output):
             raise UsageError(f"{output}: is the input; write to another file, the input is never overwritten")
-    data = output.with_name(output.name + ".data")
+    data = output.parent / f"{output.name}.data"
     if data.exists() and any(_same(data, used) for used in _external(model)):
         raise UsageError(
             f"{output}: its external data {data.name!r} would overwrite that of {model}; choose another name"

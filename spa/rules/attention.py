@@ -67,7 +67,7 @@ def _attention(op: Op) -> None:
     if kv < 1 or heads % kv:
         op.freeze_all("Attention with unknown heads")
         return
-    text = f"{tensors}, {_mask(op, 3)}, b h p d, b h p e, ~ -> {out}, b h u d, b h u e"
+    text = f"{tensors}, {_mask(op, 3)}, b h p d, b h p e, b -> {out}, b h u d, b h u e"
     _bind(op, text, {"h": kv, "r": heads // kv}, 4)
 
 

@@ -224,6 +224,8 @@ class Rule:
     zero: Zero | Callable[[Op], Zero] = NEVER
     divisors: tuple[int, ...] = ()
     """Inputs that must not be zeroed (denominators, logarithms): zero would turn into NaN."""
+    points: Mapping[int, int] = field(default_factory=dict)
+    """Quantised input -> the input with its zero point: a zero there stands for zero only if the zero point is zero."""
     selects: bool = False
     """Reads parts of its operand: a bias that several such uses share is one tensor, not an accident of export."""
     combines: bool = False

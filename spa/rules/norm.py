@@ -46,7 +46,6 @@ def _layer_norm(op: Op) -> None:
 
 _LAYER_NORM = Rule(_layer_norm, "... c, c, c -> ... c, with a statistic over c", SCALED)
 register("LayerNormalization RMSNormalization SimplifiedLayerNormalization", _LAYER_NORM)
-register("SimplifiedLayerNormalization", _LAYER_NORM, domain="com.microsoft")
 
 _HIDDEN = {"c": "hidden"}
 register(

@@ -17,32 +17,23 @@ def _quantize(op: Op) -> None:
     parts = scale_names = ""
     block = int(op.attr("block_size", 0))
     axis = int(op.attr("axis", 1)) % max(len(names), 1)
-    sizes: dict[str, Attr | int] = {}
     if block and len(scale.dims) == len(names):
-        parts = " ".join("(n w)" if k == axis else n for k, n in enumerate(names))
+        # whole blocks leave: kernels that join this with a product know a few block sizes only
+        parts = " ".join(f"(n {block})" if k == axis else n for k, n in enumerate(names))
         scale_names = " ".join("n" if k == axis else n for k, n in enumerate(names))
-        sizes = {"w": Attr("block_size")}
     else:
         parts = " ".join(names)
         scale_names = names[axis] if len(scale.dims) == 1 and scale.shape[0] != 1 else "~"
-    Einsum(f"{parts}, {scale_names}, {scale_names} -> {parts}", sizes)(op)
+    Einsum(f"{parts}, {scale_names}, {scale_names} -> {parts}")(op)
 
 
-def _symmetric(op: Op) -> Zero:
-    """Zero stays zero where the zero point is zero; a zero scale always gives zero."""
-    zeros = op.input(2)
-    known = zeros.const if zeros is not None else None
-    symmetric = zeros is None or (known is not None and not any(known.reshape(-1)))
-    if op.node.op_type == "QuantizeLinear":
-        return FACTOR if symmetric else NEVER
-    return Zero(any_of=(0, 1)) if symmetric else Zero(any_of=(1,))
-
-
-_QUANTIZE = Rule(_quantize, "... c ..., c, c -> ... c ..., per tensor, axis or block", _symmetric)
-register("QuantizeLinear DequantizeLinear", _QUANTIZE)
-register("QuantizeLinear DequantizeLinear", _QUANTIZE, domain=MS)
-# the scale is a statistic of the whole tensor
-register("DynamicQuantizeLinear", einsum("... -> ..., ~, ~", zero=NEVER, leaving={"...": "stat"}))
+_TEXT = "... c ..., c, c -> ... c ..., per tensor, axis or block"
+for _domain in ("", MS):
+    register("QuantizeLinear", Rule(_quantize, _TEXT, FACTOR, divisors=(1,), points={0: 2}), domain=_domain)
+    # a zero scale always gives zero
+    register("DequantizeLinear", Rule(_quantize, _TEXT, Zero(any_of=(0, 1)), points={0: 2}), domain=_domain)
+# the scale is found from the extremes of the whole tensor and zero: zeros leave it as it is
+register("DynamicQuantizeLinear", einsum("... -> ..., ~, ~", zero=NEVER, leaving={"...": "sum"}))
 
 _CHANNEL = {"i": "channel", "o": "channel", "g": "channel"}
 register(
@@ -114,9 +105,11 @@ def _matmul_nbits(op: Op) -> None:
     if points is None:
         # packed zero points hold several blocks in a byte
         points = ("n ~" if zeros is not None and len(zeros.dims) == 2 else "(n z)") if zeros is not None else "~"
+    blocks, rest = divmod(int(op.attr("K")), block)
+    columns = "k" if rest else f"(q {block})"
     bound = Einsum(
-        f"... m (q {block}), n q ~, {scale}, {points}, ~, n -> ... m n",
-        {"n": Attr("N"), "q": -(-int(op.attr("K")) // block)},
+        f"... m {columns}, n q ~, {scale}, {points}, ~, n -> ... m n",
+        {"n": Attr("N"), "q": blocks + (rest > 0)},
         macs=f"... m q n {block}",
         roles={"n": "neuron", "q": "neuron"},
     ).bind(op)
@@ -124,6 +117,10 @@ def _matmul_nbits(op: Op) -> None:
         return
     if op.input(4) is not None or (zeros is not None and points != scale):
         op.freeze(bound["q"], "packed zero points or group indices")
+    if rest:
+        op.freeze(bound["q"], "the last block is not full")
+        op.freeze(bound["k"], "the last block is not full")
+        return
     if "z" in bound:
         op.freeze(bound["z"], "packed zero points")
     inner = op.axes.leaf(block)

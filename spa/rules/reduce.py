@@ -5,7 +5,7 @@ from __future__ import annotations
 from spa.rules.base import FACTOR, NEVER, Leaving, Op, Rule, register
 from spa.rules.notation import Einsum, einsum
 
-register("AveragePool LpPool GlobalLpPool GlobalMaxPool", einsum("b c ~ -> b c ~", zero=FACTOR))
+register("AveragePool LpPool", einsum("b c ~ -> b c ~", zero=FACTOR))
 
 
 def _max_pool(op: Op) -> None:
@@ -35,6 +35,9 @@ _LEAVING: dict[str, Leaving] = {
     "ReduceL2": "sum",
     "ReduceSumSquare": "sum",
     "ReduceMean": "mean",
+    "GlobalLpPool": "sum",
+    "GlobalAveragePool": "mean",
+    "GlobalMaxPool": "stat",
     "ReduceMax": "stat",  # over the survivors
     "ReduceMin": "stat",
     "ReduceProd": "stat",
@@ -78,7 +81,7 @@ register("ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare", _REDUCE)
 register("ReduceMax ReduceMin ReduceProd ReduceLogSum ReduceLogSumExp", Rule(_reduce, _REDUCE.text))
 
 
-def _global_average(op: Op) -> None:
+def _global_pool(op: Op) -> None:
     """Usually over space, which is frozen elsewhere; after a Reshape it may be the mean of a normalisation."""
     x, y = op.input(0), op.output()
     if x is None or y is None:
@@ -87,10 +90,10 @@ def _global_average(op: Op) -> None:
         if d < 2:
             op.axes.same(dim, y.dims[d])
         else:
-            op.flow(dim, [(0, d)], leaving="mean")
+            op.flow(dim, [(0, d)], leaving=_LEAVING[op.node.op_type])
 
 
-register("GlobalAveragePool", Rule(_global_average, "b c ~ -> b c ~, with a mean over ~", FACTOR))
+register("GlobalAveragePool GlobalLpPool GlobalMaxPool", Rule(_global_pool, "b c ~ -> b c ~, ~ is contracted", FACTOR))
 
 
 def _along(op: Op) -> None:

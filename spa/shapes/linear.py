@@ -261,7 +261,6 @@ SHAPES.add(
 SHAPES.add("BiasGelu BiasAdd BiasSoftmax BiasDropout BitmaskDropout DynamicQuantizeLinear", lambda op: [op.shape()], MS)
 # operators that ONNX Runtime keeps under the default domain name in older files
 SHAPES.add("SimplifiedLayerNormalization", BASIC["", "LayerNormalization"])
-SHAPES.add("SimplifiedLayerNormalization", BASIC["", "LayerNormalization"], MS)
 SHAPES.add("FusedGemm GemmFastGelu", SHAPES["", "Gemm"], MS)
 SHAPES.add("QLinearAveragePool", SPATIAL["", "AveragePool"], MS)
 
