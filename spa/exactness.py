@@ -87,7 +87,7 @@ def _forward(
     factors = [k for k in when.any_of if k in present]
     zeros = {k: _zeros(coupling, op, rule, k, zero, poison) for k in {*summands, *factors}}
     for k, operand in enumerate(op.outputs):
-        if operand is None or (rule.outputs and k not in rule.outputs):
+        if operand is None or (when.outputs and k not in when.outputs):
             continue
         leaves = _leaves(coupling, operand)
         if when.any_of:

@@ -208,7 +208,8 @@ def coupling_graph(analysis: Analysis) -> nx.MultiGraph:
     coupling = analysis.coupling
     graph = nx.MultiGraph()
     joined = _Joined(analysis)
-    for k, op in enumerate(coupling.ops):
+    picking = {remap.node for remap in coupling.relations.remaps}
+    for op in coupling.ops:
         inputs, outputs = _places(coupling, op)
         spaces = {place: joined.leaves(dim) for place, dim in (*inputs, *outputs)}
         for place, leaves in spaces.items():
@@ -216,9 +217,7 @@ def coupling_graph(analysis: Analysis) -> nx.MultiGraph:
         for a, b in combinations(spaces, 2):
             if common := spaces[a] & spaces[b]:
                 graph.add_edge(a, b, key=op.node, node=op.node, leaves=common)
-        rule = coupling.rules.get(k)
-        selects = rule is not None and rule.selects
-        for a, b in _picked(joined, spaces, [p for p, _ in inputs], [p for p, _ in outputs], selects):
+        for a, b in _picked(joined, spaces, [p for p, _ in inputs], [p for p, _ in outputs], op.node in picking):
             graph.add_edge(a, b, key=op.node, node=op.node, leaves=joined.common(spaces[a], spaces[b]))
     return graph
 
@@ -246,16 +245,16 @@ def _places(coupling: Coupling, op: Op) -> tuple[list[tuple[Place, Axis]], list[
 
 
 def _picked(
-    joined: _Joined, spaces: dict[Place, frozenset[int]], inputs: list[Place], outputs: list[Place], selects: bool
+    joined: _Joined, spaces: dict[Place, frozenset[int]], inputs: list[Place], outputs: list[Place], picks: bool
 ) -> Iterator[tuple[Place, Place]]:
     """Axes that a node joins position by position: an input axis whose spaces end there, and the output axis that
-    begins there (an operator that selects also reads the output's space, from its indices).
+    begins there (an operator that picks by index also reads the output's space, from its indices).
     """
     read = frozenset[int]().union(*(spaces[place] for place in inputs))
     written = frozenset[int]().union(*(spaces[place] for place in outputs))
     for output in outputs:
         for place in inputs:
-            ends = spaces[place].isdisjoint(written) and (selects or spaces[output].isdisjoint(read))
+            ends = spaces[place].isdisjoint(written) and (picks or spaces[output].isdisjoint(read))
             if ends and place != output and joined.common(spaces[place], spaces[output]):
                 yield place, output
 

@@ -13,7 +13,7 @@ import mmap
 import os
 import stat
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -21,13 +21,16 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
+from spa.blocks import Blocked, divisible
 from spa.errors import ExternalDataError, ModelError, UnsupportedModelError
 from spa.inference import children
+from spa.wire import LIMIT, Irregular, Span, cut
 
-__all__ = ["Weights", "adopt", "attach", "copy_field", "detach", "lighten", "root_cause", "weight_index"]
+__all__ = ["SMALL", "File", "Weights", "adopt", "attach", "copy_field", "detach", "is_placeholder", "lighten", "map_model", "root_cause", "weight_index"]
 
 SMALL = 4096
 """Tensors up to this many bytes stay in the protobuf message: shape inference reads them."""
@@ -39,28 +42,49 @@ _MARK = "spa:"
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
 
-class _File:
+class File:
     """An open file, closed when the last tensor inside it is gone."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self.size = os.fstat(self.descriptor).st_size
+        self.state = self._state()
+        self.size = self.state[0]
         weakref.finalize(self, os.close, self.descriptor)
 
+    def _state(self) -> tuple[int, int]:
+        status = os.fstat(self.descriptor)
+        return status.st_size, status.st_mtime_ns
 
-def _mapped(file: _File, offset: int, name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
+    def read(self, offset: int, length: int) -> NDArray[np.uint8]:
+        """Bytes that are mapped for as long as the array is alive.
+
+        Raises: ModelError if the file was overwritten in place since it was opened.
+        """
+        if self._state() != self.state:
+            raise ModelError(f"{self.path}: the file was overwritten while it was in use; start again.")
+        if not length:
+            return np.empty(0, np.uint8)
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        view = mmap.mmap(self.descriptor, length + skip, access=mmap.ACCESS_READ, offset=offset - skip)
+        return np.frombuffer(view, np.uint8, offset=skip)
+
+
+def _mapped(file: File, offset: int, name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
     """A tensor inside an open file; each array maps only its own bytes, for as long as it is alive."""
+    dims = shape.numpy()
 
     def read() -> ir.TensorProtocol:
-        raw = np.empty(0, np.uint8)
-        if tensor_bytes:
-            skip = offset % mmap.ALLOCATIONGRANULARITY
-            view = mmap.mmap(file.descriptor, tensor_bytes + skip, access=mmap.ACCESS_READ, offset=offset - skip)
-            raw = np.frombuffer(view, np.uint8, offset=skip)
-        return _tensor(raw, name, dtype, shape)
+        return _tensor(file.read(offset, tensor.nbytes), name, dtype, shape)
 
+    def rows(start: int, stop: int) -> NDArray[Any]:
+        width = math.prod(dims[1:]) * dtype.bitwidth // 8
+        raw = file.read(offset + start * width, (stop - start) * width)
+        return _array(raw, dtype, (stop - start, *dims[1:]))
+
+    if divisible(dtype, shape):
+        return Blocked(rows, dtype, shape, name)
     tensor = ir.LazyTensor(read, dtype, shape, name=name)
-    tensor_bytes = tensor.nbytes
     return tensor
 
 
@@ -68,20 +92,38 @@ def _tensor(raw: NDArray[np.uint8], name: str, dtype: ir.DataType, shape: ir.Sha
     """The bytes of a tensor as stored, without a copy."""
     if dtype.bitwidth < 8:
         return ir.PackedTensor(raw, dtype, shape=shape, name=name)
-    array = raw.view(np.dtype(dtype.numpy()).newbyteorder("<")).reshape(shape.numpy())
-    return ir.Tensor(array, dtype, shape=shape, name=name)
+    return ir.Tensor(_array(raw, dtype, shape.numpy()), dtype, shape=shape, name=name)
+
+
+def _array(raw: NDArray[np.uint8], dtype: ir.DataType, dims: Sequence[int]) -> NDArray[Any]:
+    return raw.view(np.dtype(dtype.numpy()).newbyteorder("<")).reshape(dims)
 
 
 # --- load: out of the proto ------------------------------------------------------------------------------------------
 
 
 class _Detacher:
-    """Checks every tensor of a model once and moves the big ones out; state: `weights` and open files."""
+    """Checks every tensor of a model once and moves the big ones out; state: `weights` and open files.
+
+    The payload of a tensor whose `raw_data` is a token in `spans` stands in `file`.
+    """
 
     def __init__(self, label: str, folder: Path | None) -> None:
         self.label, self.folder = label, folder
         self.weights: Weights = []
-        self.files: dict[str, _File] = {}
+        self.files: dict[str, File] = {}
+        self.file: File | None = None
+        self.spans: dict[bytes, Span] = {}
+
+    def model(self, source: onnx.ModelProto) -> tuple[onnx.ModelProto, Weights, int]:
+        target = onnx.ModelProto()
+        for field, value in source.ListFields():
+            if field.name != "graph":
+                copy_field(target, field.name, value)
+        self.graph(source.graph, target.graph)
+        for function in target.functions:
+            self.nodes(function.node)
+        return target, self.weights, sum(file.size for file in self.files.values())
 
     def graph(self, source: onnx.GraphProto, target: onnx.GraphProto) -> None:
         for field, value in source.ListFields():
@@ -136,13 +178,18 @@ class _Detacher:
         else:
             count = math.prod(source.dims)
             raw = source.raw_data if source.HasField("raw_data") else None
-            _check_length(what, source, raw, dtype, count)
+            span = self.spans.get(raw) if raw is not None and dtype != ir.DataType.STRING else None
+            have = span.length if span is not None else None if raw is None else len(raw)
+            _check_length(what, source, have, dtype, count)
             if dtype == ir.DataType.STRING or count * dtype.bitwidth <= 8 * SMALL:
                 target.CopyFrom(source)
                 return
-            if raw is None:
-                raw = ir.TensorProtoTensor(source).tobytes()
-            tensor = _tensor(np.frombuffer(raw, np.uint8), source.name, dtype, shape)
+            if span is not None and raw is not None and self.file is not None:
+                del self.spans[raw]
+                tensor = _mapped(self.file, span.offset, source.name, dtype, shape)
+            else:
+                data = raw if raw is not None else ir.TensorProtoTensor(source).tobytes()
+                tensor = _tensor(np.frombuffer(data, np.uint8), source.name, dtype, shape)
         tensor.doc_string = source.doc_string or None
         tensor.metadata_props.update({entry.key: entry.value for entry in source.metadata_props})
         self.placeholder(tensor, target)
@@ -186,7 +233,7 @@ class _Detacher:
             )
         return tensor
 
-    def _open(self, what: str, location: str) -> _File:
+    def _open(self, what: str, location: str) -> File:
         if self.folder is None:
             raise ExternalDataError(f"{what} is external data of an in-memory model; pass the model's path instead.")
         absolute = os.path.isabs(location) or location[:1] in ("/", "\\") or location[1:2] == ":"
@@ -200,7 +247,7 @@ class _Detacher:
         try:
             if not stat.S_ISREG(os.stat(path).st_mode):
                 raise ExternalDataError(f"{what}: external data '{location}' is not a regular file.")
-            return _File(path)
+            return File(path)
         except OSError as error:
             raise ExternalDataError(
                 f"{what}: external data file '{location}' cannot be opened ({error.strerror}); "
@@ -230,10 +277,11 @@ class _Detacher:
 
 
 def _check_length(
-    what: str, source: onnx.TensorProto, raw: bytes | None, dtype: ir.DataType, count: int
+    what: str, source: onnx.TensorProto, raw: int | None, dtype: ir.DataType, count: int
 ) -> None:
+    """Compare the bytes of `raw_data`, or the values of another field, with the shape."""
     if raw is not None and dtype != ir.DataType.STRING:
-        have, need = len(raw), {-(-count * dtype.bitwidth // 8)}
+        have, need = raw, {-(-count * dtype.bitwidth // 8)}
     elif dtype == ir.DataType.STRING:
         have, need = len(source.string_data), {count}
     else:
@@ -262,14 +310,28 @@ def detach(source: onnx.ModelProto, label: str, folder: Path | None) -> tuple[on
 
     Raises: `ModelError` for a damaged tensor, `ExternalDataError`, `UnsupportedModelError`.
     """
-    target, detacher = onnx.ModelProto(), _Detacher(label, folder)
-    for field, value in source.ListFields():
-        if field.name != "graph":
-            copy_field(target, field.name, value)
-    detacher.graph(source.graph, target.graph)
-    for function in target.functions:
-        detacher.nodes(function.node)
-    return target, detacher.weights, sum(file.size for file in detacher.files.values())
+    return _Detacher(label, folder).model(source)
+
+
+def map_model(file: File, label: str) -> tuple[onnx.ModelProto, Weights, int] | None:
+    """As `detach`, for a model file whose own weights are never held; None if only protobuf's parser can tell.
+
+    Raises: as `detach`.
+    """
+    if not 0 < file.size <= LIMIT:
+        return None
+    detacher, proto = _Detacher(label, file.path.parent), onnx.ModelProto()
+    try:
+        with mmap.mmap(file.descriptor, file.size, access=mmap.ACCESS_READ) as view:
+            light, detacher.spans = cut(view, SMALL)
+        detacher.file = file
+        proto.ParseFromString(light)
+    except (Irregular, DecodeError):
+        return None
+    if not proto.HasField("graph"):
+        return None
+    result = detacher.model(proto)
+    return None if detacher.spans else result  # a payload where no weight is expected
 
 
 # --- between IR and proto --------------------------------------------------------------------------------------------
@@ -371,6 +433,11 @@ def attach(model: ir.Model, weights: Weights) -> None:
     for tensor, assign, _ in list(_slots(model, attributes=True)):
         if isinstance(tensor, ir.ExternalTensor):
             assign(weights[weight_index(os.fspath(tensor.location))])
+
+
+def is_placeholder(tensor: onnx.TensorProto) -> bool:
+    """Whether a tensor stands for another one (and not for bytes of a file)."""
+    return tensor.external_data[0].value.startswith(_MARK)
 
 
 def weight_index(location: str) -> int:

@@ -20,10 +20,12 @@ import onnx.inliner
 import onnx_ir as ir
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 
+from spa.blocks import blocks
 from spa.errors import ModelError, OutputError, SpaError, UnsupportedModelError, UsageError
-from spa.external import Weights, adopt, attach, detach, lighten, root_cause
+from spa.external import File, Weights, adopt, attach, detach, lighten, map_model, root_cause
 from spa.inference import children, infer
 from spa.store import save, to_proto
+from spa.wire import LIMIT
 
 if TYPE_CHECKING:
     import onnx_graphsurgeon as gs
@@ -33,7 +35,12 @@ __all__ = ["Graph", "Source", "load", "restore", "save", "to_proto"]
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model | gs.Graph"
 Form: TypeAlias = Literal["path", "proto", "ir", "gs"]
 
+Detached: TypeAlias = tuple[onnx.ModelProto, Weights, int]
+"""Light message, the weights, bytes of external files."""
+
 OLDEST_OPSET = 7
+READ_WHOLE = 8 << 20
+"""Files up to this size are read at once. Windows reads all, as it lets nobody replace a file that is open."""
 _SCAN = 1 << 20
 
 
@@ -75,12 +82,9 @@ def load(source: Source) -> Graph:
         if form == "ir":
             proto, weights, sha256, external, size = _from_ir(cast(ir.Model, source), label)
         else:
-            full, sha256, size = _parse(path) if path else _serialized(_as_proto(source, form))
-            if not full.HasField("graph"):
-                raise ModelError(f"{label}: not an ONNX model (it has no graph); pass a .onnx file.")
-            proto, weights, external_bytes = detach(full, label, path and path.parent)
+            found, sha256, size = _read(path) if path else _serialized(_as_proto(source, form))
+            proto, weights, external_bytes = found
             external, size = external_bytes > 0, size + external_bytes
-            del full  # the last reference to the file's bytes
         model = _prepare(proto, label)
         attach(model, weights)
         _refuse_nan(model, label)
@@ -107,34 +111,49 @@ def _form(source: object) -> tuple[Form, Path | None, str]:
     )
 
 
-def _parse(path: Path) -> tuple[onnx.ModelProto, str, int]:
-    """The file's message without external data, the file's hash and size."""
+def _read(path: Path) -> tuple[Detached, str, int]:
+    """The file's light message with its weights, the file's hash and size."""
     if path.is_dir():
         raise ModelError(f"{path}: is a directory; pass the .onnx file inside of it.")
     if path.exists() and not path.is_file():
         raise ModelError(f"{path}: is not a regular file; pass a .onnx file.")
     try:
-        data = path.read_bytes()
+        file = File(path)
+        with open(file.descriptor, "rb", closefd=False) as stream:
+            start = stream.read(64)
+            stream.seek(0)
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file; check the path.") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({root_cause(error)}); check path and permissions.") from error
-    if not data:
+    if not file.size:
         raise ModelError(f"{path}: the file is empty; copy or export the model again.")
-    if data.startswith(b"version https://git-lfs"):
+    if start.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path}: is a Git LFS pointer, not a model; run 'git lfs pull'.")
-    if data[4:8] == b"ORTM":
+    if start[4:8] == b"ORTM":
         raise UnsupportedModelError(f"{path}: is in ONNX Runtime's own format; pass the original .onnx file.")
+    if file.size > LIMIT:
+        raise UnsupportedModelError(f"{path}: is above 2 GB; save it again with external data.")
+    mapped = map_model(file, str(path)) if file.size > READ_WHOLE and os.name != "nt" else None
+    return mapped or _parsed(file, str(path)), sha256, file.size
+
+
+def _parsed(file: File, label: str) -> Detached:
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(data)
+        proto.ParseFromString(file.read(0, file.size).tobytes())
     except DecodeError as error:
-        if len(data) >= 1 << 31:
-            raise UnsupportedModelError(f"{path}: is above 2 GB; save it again with external data.") from error
         raise ModelError(
-            f"{path}: not an ONNX model, or truncated or damaged; copy or export it again."
+            f"{label}: not an ONNX model, or truncated or damaged; copy or export it again."
         ) from error
-    return proto, hashlib.sha256(data).hexdigest(), len(data)
+    return _detached(proto, label, file.path.parent)
+
+
+def _detached(proto: onnx.ModelProto, label: str, folder: Path | None) -> Detached:
+    if not proto.HasField("graph"):
+        raise ModelError(f"{label}: not an ONNX model (it has no graph); pass a .onnx file.")
+    return detach(proto, label, folder)
 
 
 def _as_proto(source: object, form: Form) -> onnx.ModelProto:
@@ -145,14 +164,16 @@ def _as_proto(source: object, form: Form) -> onnx.ModelProto:
     return cast(onnx.ModelProto, source)
 
 
-def _serialized(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, str, int]:
+def _serialized(proto: onnx.ModelProto) -> tuple[Detached, str, int]:
     try:
         data = proto.SerializeToString(deterministic=True)
     except EncodeError as error:
         raise UnsupportedModelError(
             "the model: is above 2 GB in memory; save it with external data and pass the path."
         ) from error
-    return proto, hashlib.sha256(data).hexdigest(), len(data)
+    sha256, size = hashlib.sha256(data).hexdigest(), len(data)
+    del data
+    return _detached(proto, "the model", None), sha256, size
 
 
 def _from_ir(model: ir.Model, label: str) -> tuple[onnx.ModelProto, Weights, str, bool, int]:
@@ -308,19 +329,20 @@ def _refuse_nan(model: ir.Model, label: str) -> None:
 def _has_nan(tensor: ir.TensorProtocol) -> bool:
     if not tensor.dtype.is_floating_point() or tensor.dtype.bitwidth < 8 or not len(tensor.shape):
         return False
-    flat = tensor.numpy().reshape(-1)
+    parts = _chunks(tensor)
     if tensor.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):  # as integers: halves are slow to compare
         limit = 0x7C00 if tensor.dtype == ir.DataType.FLOAT16 else 0x7F80
-        bits = flat.view("<u2")
-        return any((part & 0x7FFF).max() > limit for part in _chunks(bits))
+        return any((part.view("<u2") & 0x7FFF).max() > limit for part in parts)
     if tensor.dtype in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         with np.errstate(invalid="ignore"):
-            return any(np.isnan(part.max()) for part in _chunks(flat))  # the maximum of NaN is NaN
-    return any(bool(np.isnan(part).any()) for part in _chunks(flat))
+            return any(np.isnan(part.max()) for part in parts)  # the maximum of NaN is NaN
+    return any(bool(np.isnan(part).any()) for part in parts)
 
 
-def _chunks(flat: Any) -> Iterator[Any]:
-    return (flat[start : start + _SCAN] for start in range(0, len(flat), _SCAN))
+def _chunks(tensor: ir.TensorProtocol) -> Iterator[Any]:
+    for block in blocks(tensor):
+        flat = block.reshape(-1)
+        yield from (flat[start : start + _SCAN] for start in range(0, len(flat), _SCAN))
 
 
 def restore(graph: Graph, model: ir.Model) -> ir.Model | onnx.ModelProto | gs.Graph:

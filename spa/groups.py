@@ -35,6 +35,8 @@ class Member:
     use: Use | None
     """The use meant, where uses of the tensor have axes of their own."""
     dim: Axis
+    rank: int
+    """Axes of the tensor."""
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,10 @@ def _members(coupling: Coupling) -> dict[int, list[Member]]:
             variants.insert(0, None)
         for use in variants:
             first = use or next((u for u in uses if not coupling.separate(value, u)), None)
-            for d, dim in enumerate(coupling.dims(value, use) or ()):
+            dims = coupling.dims(value, use) or ()
+            for d, dim in enumerate(dims):
                 role = roles.get((first[0], first[1], d), "index") if first is not None else "index"
-                member = Member(value.name or "", d, role, value, use, dim)
+                member = Member(value.name or "", d, role, value, use, dim, len(dims))
                 for leaf in dict.fromkeys(coupling.solution.leaves(dim)):
                     out.setdefault(leaf, []).append(member)
     return out
@@ -251,7 +254,7 @@ def _buckets(coupling: Coupling) -> list[tuple[dict[int, int], NDArray[np.int64]
 def _name(members: list[Member], kind: str) -> str:
     """The producing layer, by the name of its node (or of its weight), and the kind of unit."""
     producers = [m for m in members if m.role == "out"] or members
-    best = min(producers, key=lambda m: (len(m.value.shape or ()) < 2, producers.index(m)))
+    best = min(producers, key=lambda m: (m.rank < 2, producers.index(m)))
     use = best.use or next(iter(best.value.uses()), None)
     node = use[0] if use is not None else None
     label = node.name if node is not None and node.name and best.role == "out" else best.tensor

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -21,17 +21,17 @@ from spa.budget import parse_targets, select
 from spa.budget.select import Align, Allocation, MinKeep
 from spa.cost import Metric, parameters_of
 from spa.coupling import tensor_of
-from spa.criteria import CRITERIA, Aggregation, Normalisation, normalise
+from spa.criteria import AGGREGATIONS, CRITERIA, NORMALISATIONS, Aggregation, Normalisation, normalise
 from spa.errors import OutputError, PlanError, TargetError, UsageError
 from spa.evidence import Evidence
 from spa.feeds import load_feeds
 from spa.graph import Graph, Source, load, restore
 from spa.groups import KINDS, Analysis, Group, analyze_model
-from spa.signature import inputs_of
 from spa.plan import GroupRecord, Plan
 from spa.plan import read as read_plan
 from spa.removal import Mask, kept_by, kept_without, removals
 from spa.rewrite import rewrite
+from spa.signature import inputs_of
 from spa.store import publish, save
 from spa.verify import Verification, compare, masked, require, zeroed
 from spa.version import __version__
@@ -180,6 +180,7 @@ def prune(
     if scorer is None:
         raise UsageError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
     _check_choices(scope, kinds, align)
+    _check_named(aggregation=aggregation, normalisation=normalisation, allocation=allocation)
     keep = parse_min_keep(min_keep)
     _check_output(output)
     with clock.stage("load"):
@@ -358,6 +359,13 @@ def _check_choices(scope: str, kinds: Sequence[str], align: Align) -> None:
             raise UsageError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
     if align != "auto" and align < 1:
         raise UsageError(f"align must be auto or a positive number, not {align!r}")
+
+
+def _check_named(**chosen: str) -> None:
+    known = {"aggregation": AGGREGATIONS, "normalisation": NORMALISATIONS, "allocation": get_args(Allocation)}
+    for option, value in chosen.items():
+        if value not in known[option]:
+            raise UsageError(f"unknown {option} {value!r}; choose one of {', '.join(known[option])}")
 
 
 def _check_output(output: str | os.PathLike[str] | None) -> None:

@@ -6,17 +6,19 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
+from spa.blocks import Blocked, blocks
 from spa.errors import OutputError
-from spa.external import Weights, copy_field, lighten, root_cause, weight_index
+from spa.external import Weights, is_placeholder, lighten, root_cause, weight_index
 from spa.inference import children, infer
+from spa.wire import LIMIT, splice, tokens
 
 __all__ = ["save", "to_proto"]
 
@@ -25,8 +27,6 @@ ALIGN_ABOVE = 64 * 1024
 """External tensors above this many bytes start on a page, so that runtimes can map them."""
 SINGLE_FILE_LIMIT = 1_800_000_000
 """Above this many bytes the weights go to a second file: protobuf ends at 2 GiB."""
-
-Message = TypeVar("Message", onnx.ModelProto, onnx.GraphProto, onnx.TensorProto)
 
 
 def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool) -> int:
@@ -45,9 +45,15 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool) -> in
         raise OutputError(f"{path}: is a directory; name the output file.")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: the folder '{path.parent}' does not exist; create it first.")
-    data_path = path.with_name(path.name + ".data")
     proto, weights = _light(model)
-    outside = bool(weights) and (external or sum(weight.nbytes for weight in weights) > SINGLE_FILE_LIMIT)
+    return _write_files(proto, weights, path, external=external)
+
+
+def _write_files(proto: onnx.ModelProto, weights: Weights, path: Path, *, external: bool) -> int:
+    """Write a light message and its weights to `path`, or beside it."""
+    data_path = path.with_name(path.name + ".data")
+    sizes = [weights[index].nbytes for _, index in _initializers(proto.graph)]
+    outside = bool(sizes) and (external or sum(sizes) > SINGLE_FILE_LIMIT)
     token = secrets.token_hex(8)
     temporary = {target: target.with_name(f".{target.name}.{token}.tmp") for target in (data_path, path)}
     try:
@@ -58,10 +64,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool) -> in
         else:
             del temporary[data_path]
         with open(temporary[path], "xb") as file:
-            if outside:
-                file.write(proto.SerializeToString(deterministic=True))
-            else:
-                _stream_model(proto, weights, file)
+            _stream_model(proto, weights, file, path)
             written += file.tell()
         publish(temporary)
     except EncodeError as error:
@@ -101,7 +104,7 @@ def publish(temporary: dict[Path, Path]) -> None:
 
 
 def _light(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:
-    proto, weights = lighten(model)
+    proto, weights = lighten(model, attributes=True)
     infer(proto, None)
     return proto, weights
 
@@ -109,31 +112,45 @@ def _light(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:
 def to_proto(model: ir.Model) -> onnx.ModelProto:
     """Self-contained message with all weights inside, evaluated, and freshly inferred `value_info`."""
     proto, weights = _light(model)
-    _fill(proto.graph, weights)
+    for tensor, index in _placeholders(proto.graph):
+        _fill(tensor, weights[index].tobytes())
     return proto
 
 
-def _placeholders(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, int]]:
-    for tensor in graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            yield tensor, weight_index(tensor.external_data[0].value)
+def _initializers(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, int]]:
+    """Placeholders that may point to another file."""
+    yield from _indexed(graph.initializer)
     for node in graph.node:
+        for child in children(node):
+            yield from _initializers(child)
+
+
+def _placeholders(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, int]]:
+    """All placeholders, those in attributes too."""
+    yield from _indexed(graph.initializer)
+    for node in graph.node:
+        yield from _indexed(a.t for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
         for child in children(node):
             yield from _placeholders(child)
 
 
-def _fill(graph: onnx.GraphProto, weights: Weights) -> None:
-    """Put the data of all placeholders into the proto."""
-    for tensor, index in _placeholders(graph):
-        tensor.raw_data = weights[index].tobytes()
-        tensor.ClearField("external_data")
-        tensor.ClearField("data_location")
+def _indexed(tensors: Iterable[onnx.TensorProto]) -> Iterator[tuple[onnx.TensorProto, int]]:
+    for tensor in tensors:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and is_placeholder(tensor):
+            yield tensor, weight_index(tensor.external_data[0].value)
+
+
+def _fill(tensor: onnx.TensorProto, raw: bytes) -> None:
+    """Put data into a placeholder."""
+    tensor.raw_data = raw
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
 
 
 def _stream_data(proto: onnx.ModelProto, weights: Weights, file: BinaryIO, location: str) -> int:
-    """Write all weights to `file`, one at a time, and point the placeholders to `location`."""
+    """Write all initializers to `file`, one at a time, and point the placeholders to `location`."""
     offset = 0
-    for tensor, index in _placeholders(proto.graph):
+    for tensor, index in list(_initializers(proto.graph)):
         weight = weights[index]
         padding = -offset % PAGE if weight.nbytes > ALIGN_ABOVE else 0
         file.write(b"\0" * padding)
@@ -146,67 +163,39 @@ def _stream_data(proto: onnx.ModelProto, weights: Weights, file: BinaryIO, locat
     return offset
 
 
-def _stream_model(proto: onnx.ModelProto, weights: Weights, file: BinaryIO) -> None:
-    """Write one file with all weights inside, one weight in memory at a time.
+def _stream_model(proto: onnx.ModelProto, weights: Weights, file: BinaryIO, path: Path) -> None:
+    """Write the message with what placeholders are left inside: the bytes that protobuf would write.
 
-    Protobuf cannot stream, so the two enclosing messages are written by hand, in protobuf's own
-    order: the result is what `SerializeToString` would give, without ever holding it.
+    Raises: OutputError above what protobuf can read.
     """
-    for node in proto.graph.node:
-        for child in children(node):
-            _fill(child, weights)
-    model_head, model_tail = _around(proto, 7)  # ModelProto.graph
-    graph_head, graph_tail = _around(proto.graph, 5)  # GraphProto.initializer
-    parts: list[tuple[bytes, ir.TensorProtocol | None, bytes]] = []
-    size = len(graph_head) + len(graph_tail)
-    for tensor in proto.graph.initializer:
-        weight, tail = None, b""
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            weight = weights[weight_index(tensor.external_data[0].value)]
-            tensor.ClearField("external_data")
-            tensor.ClearField("data_location")
-            head, tail = _around(tensor, 9)  # TensorProto.raw_data
-            head += _tag(9, weight.nbytes)
+    fresh, inside = tokens(), dict[bytes, ir.TensorProtocol]()
+    for tensor, index in list(_placeholders(proto.graph)):
+        token = next(fresh)
+        inside[token] = weights[index]
+        _fill(tensor, token)
+    light = proto.SerializeToString(deterministic=True)
+    size, pieces = splice(light, {token: weight.nbytes for token, weight in inside.items()})
+    if size > LIMIT:
+        raise OutputError(f"{path}: the constants inside the nodes exceed 2 GB; store them as initializers.")
+    ordered = list(inside.values())
+    for piece in pieces:
+        if isinstance(piece, bytes):
+            file.write(piece)
         else:
-            head = tensor.SerializeToString(deterministic=True)
-        length = len(head) + len(tail) + (weight.nbytes if weight is not None else 0)
-        head = _tag(5, length) + head
-        parts.append((head, weight, tail))
-        size += len(head) + len(tail) + (weight.nbytes if weight is not None else 0)
-    file.write(model_head + _tag(7, size) + graph_head)
-    for head, weight, tail in parts:
-        file.write(head)
-        if weight is not None:
-            _write(weight, file)
-        file.write(tail)
-    file.write(graph_tail + model_tail)
+            _write(ordered[piece], file)
 
 
 def _write(weight: ir.TensorProtocol, file: BinaryIO) -> None:
+    """Write a tensor's bytes, block by block if it can be read so."""
     file.flush()  # numpy writes to the descriptor, past the buffer
     start = file.tell()
-    cast(ir.Tensor[Any], weight).tofile(file)  # every tensor class has it, the protocol does not say so
+    if isinstance(weight, Blocked):
+        for block in blocks(weight):
+            ir.Tensor(block, weight.dtype).tofile(file)
+    else:
+        cast(ir.Tensor[Any], weight).tofile(file)  # every tensor class has it, the protocol does not say so
     file.flush()
     if (written := file.tell() - start) != weight.nbytes:
         raise OutputError(
             f"Tensor '{weight.name}' gave {written} bytes but its shape {weight.shape} needs {weight.nbytes}."
         )
-
-
-def _around(message: Message, number: int) -> tuple[bytes, bytes]:
-    """Serialized fields of `message` below and above the field `number`."""
-    head, tail = type(message)(), type(message)()
-    for field, value in message.ListFields():
-        if field.number != number:
-            copy_field(head if field.number < number else tail, field.name, value)
-    return head.SerializeToString(deterministic=True), tail.SerializeToString(deterministic=True)
-
-
-def _tag(number: int, length: int) -> bytes:
-    """Protobuf's header of a length-delimited field."""
-    out = bytearray([number << 3 | 2])
-    while length > 127:
-        out.append(length & 127 | 128)
-        length >>= 7
-    out.append(length)
-    return bytes(out)

@@ -189,12 +189,23 @@ class _Masker:
                     value = twin.inputs[slot]
                     assert value is not None
                     twin.replace_input_with(slot, self._gather(value, keep, d, before=twin))
+        self._resize(node, leaves)
         for slot, operand in enumerate(op.outputs):
             value = twin.outputs[slot]
             for d, dim in enumerate(operand.dims if operand is not None else ()):
                 if self.solution.touched(dim, leaves):
                     value.shape = None
                     value = self._spread(value, self._mask_of(node, slot, d, leaves, output=True), d)
+
+    def _resize(self, node: ir.Node, leaves: set[int]) -> None:
+        """Sizes in attributes (hidden_size, N, K) follow the survivors."""
+        counts = self.solution.counts(self._only(leaves))
+        for edit in self.coupling.relations.edits:
+            if edit.node is not node or not isinstance(edit.slot, str) or edit.entry is not None:
+                continue
+            size = sum((self.solution.size(a, counts) for a in edit.axes), start=0)
+            if isinstance(size, int):
+                self.twin.node(node).attributes[edit.slot] = ir.AttrInt64(edit.slot, size)
 
     def _gather(self, value: ir.Value, index: NDArray[np.int64], axis: int, before: ir.Node) -> ir.Value:
         constant = self.twin.constant(ir.tensor(index), "kept", like=value)
@@ -250,7 +261,7 @@ def compare(
 
 def _open(model: ir.Model | Path, path: Path, name: str) -> Session:
     try:
-        return open_session(_file(model, path))
+        return open_session(_file(model, path), optimize=False)
     except RuntimeFailure as error:
         cause = str(error).rpartition("]: ")[2] or str(error)
         raise RuntimeFailure(

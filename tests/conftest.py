@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/*.txt with what is printed now")
+
+
 @pytest.fixture(scope="session")
 def data_root() -> Path:
     """Folder with the recorded models: `SPA_DATA`, or `shared` beside the repository."""

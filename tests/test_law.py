@@ -8,7 +8,8 @@ import pytest
 
 from spa import rules
 from tests.cases import attention, control, elementwise, linear, movement, norm, quant, recurrent, reduce
-from tests.law import Case, Law, engine_for
+from tests.law import Law
+from tests.subject import Case, engine_for
 
 FAMILIES = (elementwise, linear, norm, reduce, movement, recurrent, attention, quant, control)
 CASES: list[Case] = [c for family in FAMILIES for c in family.CASES]

@@ -19,13 +19,13 @@ from onnx import numpy_helper
 
 from spa import rules
 from spa.errors import RuntimeFailure
-from tests.law import FLOAT16, FLOAT32, IR_VERSION, QUANTISED, TYPES, Array, Law, Subject, Tolerance
+from tests.law import Law
+from tests.subject import FLOAT16, FLOAT32, IR_VERSION, QUANTISED, TYPES, Array, Subject, Tolerance
 
 NEWEST = 26
 """ONNX Runtime 1.31 loads no newer opset."""
 PARAMETERS = frozenset(
-    "shape axes axis starts ends steps pads repeats sizes scales roi k split indices depth target_shape "
-    "max_output_boxes_per_class output_shape num_outputs sequence_lens".split()
+    ["shape", "axes", "axis", "starts", "ends", "steps", "pads", "repeats", "sizes", "scales", "roi", "k", "split", "indices", "depth", "target_shape", "max_output_boxes_per_class", "output_shape", "num_outputs", "sequence_lens"]
 )
 """Operands that real graphs hold as constants."""
 _FLOAT8 = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz)

@@ -84,7 +84,8 @@ def _zero(rule: Rule) -> str:
         parts.append("all inputs")
     elif every:
         parts.append(f"{'inputs' if len(every) > 1 else 'input'} {_listed(every)}")
-    return " and ".join(parts) or "always"
+    only = f" (output {_listed(zero.outputs)})" if zero.outputs else ""
+    return (" and ".join(parts) or "always") + only
 
 
 def _statistic(rule: Rule) -> list[str]:

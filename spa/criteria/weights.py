@@ -21,7 +21,7 @@ def _random(group: Group, evidence: Evidence) -> Sequence[Vector]:
 
 def _norm(group: Group, evidence: Evidence, power: Literal[1, 2]) -> Sequence[Vector]:
     """Per weight matrix (biases and scales only where a group has nothing else), the norm of each unit's slice."""
-    weights = [m for m in group.members if m.value.shape is not None and len(m.value.shape) >= 2]
+    weights = [m for m in group.members if m.rank >= 2]
     chosen: Sequence[Member] = weights or group.members
     rows = [evidence.per_unit(group, m, evidence.power_sums(m, power)) for m in chosen]
     return rows if power == 1 else [np.sqrt(row) for row in rows]

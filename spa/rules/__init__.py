@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 from spa.rules import attention, control, elementwise, linear, movement, norm, quant, recurrent, reduce, reshape
-from spa.rules.base import Cost, Edit, Flow, Leaving, Op, Operand, Pin, Relations, Remap, Rule, Zero, lookup, register, table
+from spa.rules.base import (
+    Cost,
+    Edit,
+    Flow,
+    Leaving,
+    Op,
+    Operand,
+    Pin,
+    Relations,
+    Remap,
+    Rule,
+    Zero,
+    lookup,
+    register,
+    table,
+)
 
 __all__ = [
     "Cost",

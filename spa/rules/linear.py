@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spa.rules.base import Op, Rule, Zero, register
+from spa.rules.base import Leaving, Op, Rule, Zero, register
 from spa.rules.notation import Attr, Einsum, einsum
 
 WEIGHTED = Zero(any_of=(0, 1), all_of=(2,))
@@ -10,6 +10,8 @@ WEIGHTED = Zero(any_of=(0, 1), all_of=(2,))
 
 _CHANNEL = {"i": "channel", "o": "channel", "g": "channel"}
 _GROUPS = {"g": Attr("group", 1)}
+_POINTS = {0: 2, 1: 3}
+"""Zero points of integer products."""
 
 CONV = einsum(
     "b (g i) ~, (g o) i ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~y", roles=_CHANNEL, sizes=_GROUPS
@@ -21,7 +23,14 @@ register(
 )
 register(
     "ConvInteger",
-    einsum("b (g i) ~, (g o) i ~, ~, (g o) -> b (g o) ~", macs="b g o i ~1 ~y", roles=_CHANNEL, sizes=_GROUPS),
+    einsum(
+        "b (g i) ~, (g o) i ~, ~, (g o) -> b (g o) ~",
+        zero=Zero(any_of=(0, 1)),
+        macs="b g o i ~1 ~y",
+        roles=_CHANNEL,
+        sizes=_GROUPS,
+        points=_POINTS,
+    ),
 )
 register(
     "FusedConv",
@@ -84,7 +93,9 @@ def _matmul_integer(op: Op) -> None:
         Einsum(text, macs="... m k n", roles=_roles(op))(op)
 
 
-register("MatMulInteger", Rule(_matmul_integer, "... m k, ... k n, ~, n -> ... m n"))
+register(
+    "MatMulInteger", Rule(_matmul_integer, "... m k, ... k n, ~, n -> ... m n", Zero(any_of=(0, 1)), points=_POINTS)
+)
 
 
 def _matmul_integer_to_float(op: Op) -> None:
@@ -97,18 +108,28 @@ def _matmul_integer_to_float(op: Op) -> None:
 
 register(
     "MatMulIntegerToFloat",
-    Rule(_matmul_integer_to_float, "... m k, ... k n, ~, n, ~, n, n -> ... m n"),
+    Rule(
+        _matmul_integer_to_float,
+        "... m k, ... k n, ~, n, ~, n, n -> ... m n",
+        Zero(any_of=(0, 1, 3), all_of=(6,)),
+        points={0: 4, 1: 5},
+    ),
     domain="com.microsoft",
 )
+
+
+def _dynamic_quantize_matmul(op: Op) -> None:
+    """The scale of the left operand is found from its extremes and zero: only zeros in it leave that as it is."""
+    left: dict[str, Leaving] = {"...": "sum", "m": "sum"}
+    Einsum("... m k, k n, n, n, n -> ... m n", leaving=left, macs="... m k n", roles={"k": "neuron", "n": "neuron"})(op)
+    x = op.input(0)
+    if x is not None and x.dims:
+        op.flow(x.dims[-1], [(0, len(x.dims) - 1)], leaving="sum")
+
+
 register(
     "DynamicQuantizeMatMul",
-    einsum(
-        "... m k, k n, n, n, n -> ... m n",
-        zero=Zero(any_of=(2,), all_of=(4,)),
-        leaving={"...": "stat", "m": "stat", "k": "stat"},
-        macs="... m k n",
-        roles={"k": "neuron", "n": "neuron"},
-    ),
+    Rule(_dynamic_quantize_matmul, "... m k, k n, n, n, n -> ... m n", Zero(any_of=(0, 1, 2), all_of=(4,)), points={1: 3}),
     domain="com.microsoft",
 )
 

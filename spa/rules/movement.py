@@ -379,7 +379,12 @@ def _constant_of_shape(op: Op) -> None:
         edit_target(op, 0, y.dims)
 
 
-register("ConstantOfShape", Rule(_constant_of_shape, "free axes, their sizes are edited"))
+def _filled_with_zero(op: Op) -> Zero:
+    fill = op.attr("value")
+    return NEVER if fill is not None and fill.numpy().any() else Zero()
+
+
+register("ConstantOfShape", Rule(_constant_of_shape, "free axes, their sizes are edited", _filled_with_zero))
 
 
 def _depth_to_space(op: Op) -> None:

@@ -96,10 +96,12 @@ def einsum(
     macs: str = "",
     roles: Mapping[str, str] | None = None,
     sizes: Mapping[str, Attr | int] | None = None,
+    points: Mapping[int, int] | None = None,
 ) -> Rule:
     """A rule from one line of notation."""
     parse(text)
-    return Rule(Einsum(text, sizes or {}, leaving or {}, macs, roles or {}), text, zero or Zero(any_of=(0, 1), all_of=(2,)))
+    apply = Einsum(text, sizes or {}, leaving or {}, macs, roles or {})
+    return Rule(apply, text, zero or Zero(any_of=(0, 1), all_of=(2,)), points=points or {})
 
 
 class _Bound:

@@ -36,6 +36,7 @@ for _domain in ("", MS):
 register("DynamicQuantizeLinear", einsum("... -> ..., ~, ~", zero=NEVER, leaving={"...": "sum"}))
 
 _CHANNEL = {"i": "channel", "o": "channel", "g": "channel"}
+_POINTS = {0: 2, 3: 5}
 register(
     "QLinearConv",
     einsum(
@@ -44,10 +45,15 @@ register(
         macs="b g o i ~3 ~y",
         roles=_CHANNEL,
         sizes={"g": Attr("group", 1)},
+        points=_POINTS,
     ),
 )
 _QLINEAR_MATMUL = einsum(
-    "... m k, ~, ~, ... k n, n, n, ~, ~ -> ... m n", zero=NEVER, macs="... m k n", roles={"n": "neuron", "k": "neuron"}
+    "... m k, ~, ~, ... k n, n, n, ~, ~ -> ... m n",
+    zero=NEVER,
+    macs="... m k n",
+    roles={"n": "neuron", "k": "neuron"},
+    points=_POINTS,
 )
 register("QLinearMatMul", _QLINEAR_MATMUL)
 register("QLinearWhere", einsum("..., ..., ~, ~, ..., ~, ~, ~, ~ -> ...", zero=NEVER), domain=MS)
@@ -75,7 +81,7 @@ def _qgemm(op: Op) -> None:
     Einsum(f"{left}, ~, ~, {right}, n, n, n, ~, ~ -> m n", macs="m k n", roles={"n": "neuron", "k": "neuron"})(op)
 
 
-register("QGemm", Rule(_qgemm, "m k, k n, n -> m n, quantised", NEVER), domain=MS)
+register("QGemm", Rule(_qgemm, "m k, k n, n -> m n, quantised", NEVER, points=_POINTS), domain=MS)
 
 
 def _qlinear_concat(op: Op) -> None:
@@ -96,34 +102,63 @@ def _qlinear_concat(op: Op) -> None:
 register("QLinearConcat", Rule(_qlinear_concat, "out axis = inputs laid end to end", NEVER), domain=MS)
 
 
-def _matmul_nbits(op: Op) -> None:
-    """B is [n, blocks of k, bytes of a block]: whole blocks of k may leave, and rows of n."""
-    scales, zeros = op.input(2), op.input(3)
-    block = int(op.attr("block_size"))
-    scale = "n q" if scales is not None and len(scales.dims) == 2 else "(n q)"
-    points = scale if zeros is not None and zeros.value.dtype == (scales.value.dtype if scales else None) else None
-    if points is None:
-        # packed zero points hold several blocks in a byte
-        points = ("n ~" if zeros is not None and len(zeros.dims) == 2 else "(n z)") if zeros is not None else "~"
-    blocks, rest = divmod(int(op.attr("K")), block)
-    columns = "k" if rest else f"(q {block})"
+def _matmul_bnb4(op: Op) -> None:
+    """B is [n, k] in one row of bytes, two values each; blocks run along k."""
+    block, columns = int(op.attr("block_size")), int(op.attr("K"))
+    if columns % block or block % 2:
+        op.freeze_all("MatMulBnb4 with blocks across rows")
+        return
     bound = Einsum(
-        f"... m {columns}, n q ~, {scale}, {points}, ~, n -> ... m n",
-        {"n": Attr("N"), "q": blocks + (rest > 0)},
+        f"... m (q {block}), (n q {block // 2}), (n q) -> ... m n",
+        {"n": Attr("N"), "q": columns // block},
         macs=f"... m q n {block}",
+        roles={"n": "neuron", "q": "neuron"},
+    ).bind(op)
+    if bound:
+        inner = op.axes.leaf(block)
+        op.freeze(inner, "MatMulBnb4 needs whole blocks")
+        op.edit("K", None, op.axes.product_of((bound["q"], inner)))
+
+
+register("MatMulBnb4", Rule(_matmul_bnb4, "... m (q w), (n q w/2), (n q) -> ... m n, w the block", Zero(any_of=(0, 2))), domain=MS)
+
+
+def _matmul_nbits(op: Op) -> None:
+    """B is [n, blocks of k, bytes of a block]: whole blocks of k may leave, and rows of n.
+
+    Zero points of less than a byte are packed: then the blocks that share a byte leave together.
+    """
+    scales, zeros = op.input(2), op.input(3)
+    block, bits = int(op.attr("block_size")), int(op.attr("bits", 4))
+    blocks, rest = divmod(int(op.attr("K")), block)
+    blocks += rest > 0
+    packed = zeros is not None and zeros.value.dtype != (scales.value.dtype if scales is not None else None)
+    shared = 8 // bits if packed and blocks * bits % 8 == 0 else 1
+    flat = scales is None or len(scales.dims) == 1
+    scale = f"(n q {shared})" if flat else f"n (q {shared})"
+    points = "~" if zeros is None else scale
+    if packed:
+        byte = "q" if blocks * bits % 8 == 0 else "z"
+        points = f"(n {byte})" if zeros is not None and len(zeros.dims) == 1 else f"n {byte}"
+    columns = "k" if rest else f"(q {shared} {block})"
+    bound = Einsum(
+        f"... m {columns}, n (q {shared}) ~, {scale}, {points}, ~, n -> ... m n",
+        {"n": Attr("N"), "q": blocks // shared},
+        macs=f"... m q n {shared * block}",
         roles={"n": "neuron", "q": "neuron"},
     ).bind(op)
     if not bound:
         return
-    if op.input(4) is not None or (zeros is not None and points != scale):
-        op.freeze(bound["q"], "packed zero points or group indices")
+    if "z" in bound:
+        op.freeze(bound["z"], "packed zero points")
+        op.freeze(bound["q"], "packed zero points")
+    if op.input(4) is not None:
+        op.freeze(bound["q"], "group indices")
     if rest:
         op.freeze(bound["q"], "the last block is not full")
         op.freeze(bound["k"], "the last block is not full")
         return
-    if "z" in bound:
-        op.freeze(bound["z"], "packed zero points")
-    inner = op.axes.leaf(block)
+    inner = op.axes.leaf(shared * block)
     op.freeze(inner, "MatMulNBits needs whole blocks")
     op.edit("K", None, op.axes.product_of((bound["q"], inner)))
 

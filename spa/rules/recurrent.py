@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from spa.rules.base import NEVER, Op, Rule, register
+from spa.rules.base import NEVER, Op, Rule, Zero, register
 from spa.rules.notation import Einsum
 
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+
+
+def _zero(op: Op) -> Zero:
+    """The candidate state is f(0) = 0 where weights and biases are, and the state stays zero if it starts so."""
+    return NEVER if op.attr("activations") else Zero(all_of=(1, 2, 3, 5, 6))
 
 
 def _recurrent(op: Op) -> None:
@@ -32,4 +37,30 @@ def _recurrent(op: Op) -> None:
     op.edit("hidden_size", None, bound["h"])
 
 
-register("LSTM GRU RNN", Rule(_recurrent, "s b i, d (4 h) i, d (4 h) h, d (8 h), b, d b h, d b h -> s d b h, d b h, d b h", NEVER))
+register("LSTM GRU RNN", Rule(_recurrent, "s b i, d (4 h) i, d (4 h) h, d (8 h), b, d b h, d b h -> s d b h, d b h, d b h", _zero))
+
+
+def _quantized_lstm(op: Op) -> None:
+    """As LSTM with [d, i, 4 h] weights; the kernel scales input and state by their extremes and zero."""
+    d = 2 if op.attr("direction", "forward") == "bidirectional" else 1
+    scales = op.input(8)
+    state, scale = f"{d} b h", f"{d} (4 h)" if scales is not None and len(scales.dims) == 2 else "~"
+    text = (
+        f"s b i, {d} i (4 h), {d} h (4 h), {d} (8 h), b, {state}, {state}, {d} (3 h), {scale}, {scale}, {scale}, {scale}"
+        f" -> s {d} b h, {state}, {state}"
+    )
+    macs = f"{d} 4 s b h i, {d} 4 s b h h"
+    bound = Einsum(text, macs=macs, roles={"h": "hidden", "i": "neuron"}).bind(op)
+    if not bound:
+        return
+    op.freeze(bound["s"], "DynamicQuantizeLSTM runs over time")
+    op.flow(bound["i"], [(0, 2)], leaving="sum", role="neuron")
+    op.flow(bound["h"], [(2, 1)], leaving="sum", role="hidden")
+    op.edit("hidden_size", None, bound["h"])
+
+
+register(
+    "DynamicQuantizeLSTM",
+    Rule(_quantized_lstm, "s b i, d i (4 h), d h (4 h), d (8 h), ... -> s d b h, d b h, d b h", _zero, points={1: 9, 2: 11}),
+    domain="com.microsoft",
+)

@@ -262,6 +262,7 @@ SHAPES.add("BiasGelu BiasAdd BiasSoftmax BiasDropout BitmaskDropout DynamicQuant
 # operators that ONNX Runtime keeps under the default domain name in older files
 SHAPES.add("SimplifiedLayerNormalization", BASIC["", "LayerNormalization"])
 SHAPES.add("FusedGemm GemmFastGelu", SHAPES["", "Gemm"], MS)
+SHAPES.add("DynamicQuantizeLSTM", SHAPES["", "LSTM"], MS)
 SHAPES.add("QLinearAveragePool", SPATIAL["", "AveragePool"], MS)
 
 

@@ -17,6 +17,18 @@ from spa.symbols import Size
 
 _FIXED = re.compile(r"tensor\((\w+)\)")
 _NAMES = {"float": "FLOAT", "double": "DOUBLE"}
+_TYPED = {
+    "DequantizeLinear": 1,
+    "EmbedLayerNormalization": 2,
+    "GatherBlockQuantized": 2,
+    "MatMulIntegerToFloat": 2,
+    "QAttention": 3,
+    "QGemm": 8,
+    "QLinearConcat": 2,
+    "QLinearWhere": 1,
+    "QuantizeLinear": 2,
+}
+"""Operators of ONNX Runtime whose output is not of the first input's type: the input whose type it shares."""
 
 
 def output_types(domain: str, operator: str, version: int) -> list[int | ir.DataType | None]:
@@ -24,7 +36,7 @@ def output_types(domain: str, operator: str, version: int) -> list[int | ir.Data
     try:
         schema = onnx.defs.get_schema(operator, version, domain)
     except onnx.defs.SchemaError:
-        return [0]  # operators of ONNX Runtime: the first output is of the first input's type
+        return [_TYPED.get(operator, 0)]
     constraints = {c.type_param_str: list(c.allowed_type_strs) for c in schema.type_constraints}
     slots: dict[str, int] = {}
     for k, formal in enumerate(schema.inputs):

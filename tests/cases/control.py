@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.law import case
+from tests.subject import case
 
 IF = """g (float[3,4] i0, bool i1, float[4,5] i2, float[4,5] i3) => (float[3,5] o0) {
   o0 = If (i1) <then_branch = t () => (float[3,5] a) { a = MatMul(i0, i2) },

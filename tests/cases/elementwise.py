@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.law import FLOAT16, case, each
+from tests.subject import FLOAT16, case, each
 
 CASES = [
     *each("Relu LeakyRelu Elu Selu Celu ThresholdedRelu Tanh Erf Softsign Shrink", "2x3x4", "012 > 012"),

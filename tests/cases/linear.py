@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.law import FLOAT16, QUANTISED, case, each
+from tests.subject import FLOAT16, QUANTISED, case, each
 
 MS = "com.microsoft::"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.law import case
+from tests.subject import case
 
 CASES = [
     case("Reshape", "2x12x3 [2,3,4,-1]", "012 - > 0123"),

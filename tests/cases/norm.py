@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.law import case, each
+from tests.subject import case
 
 MS = "com.microsoft::"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.law import QUANTISED, case
+from tests.subject import QUANTISED, case
 
 MS = "com.microsoft::"
 
@@ -40,8 +40,12 @@ CASES = [
     case(MS + "QLinearConcat", "{0.2} u8:{3} u8:2x3 {0.1} u8:{7} u8:2x4 {0.1} u8:{9}", "- - 01 - - 01 - - > 01", axis=1),
     case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4", "01 01 01 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
     case(MS + "MatMulNBits", "2x3x64 !u8:5x4x8 !p:20", "012 01 0 > 012", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
-    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 !u8:5x2", "0 0 0 0 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
-    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:20 !u8:10", "0 0 0 0 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 !u8:5x2", "01 01 01 01 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:20 !u8:10", "01 01 0 0 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
+    case(MS + "MatMulNBits", "3x48 !u8:5x3x8 !p:5x3 !u8:5x2", "0 0 0 0 > 01", K=48, N=5, bits=4, block_size=16, carriers=(0, 2)),
+    case(MS + "MatMulNBits", "3x64 !u8:5x4x16 !p:5x4 !u8:5x4", "01 01 01 01 > 01", K=64, N=5, bits=8, block_size=16, carriers=(0, 2)),
+    case(MS + "MatMulBnb4", "3x64 !u8:160 !p:20", "01 0 0 > 01", K=64, N=5, quant_type=1, block_size=16, carriers=(0, 2)),
+    case(MS + "MatMulBnb4", "3x24 !u8:60 !p:8", "- - - > -", K=24, N=5, quant_type=1, block_size=16),
     case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 !5x4", "01 01 01 01 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
     case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 - - 5", "01 01 01 - - 0 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
     case(MS + "MatMulNBits", "3x60 !u8:5x4x8 !p:5x4", "0 0 0 > 01", K=60, N=5, bits=4, block_size=16, carriers=(0, 2)),

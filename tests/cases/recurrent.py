@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tests.law import case
+from tests.subject import Tolerance, case
+
+DYNAMIC = Tolerance(0.05, "the state is quantised anew in every step, by its extremes")
 
 # 5 steps, batch 2, 3 inputs, 4 hidden units
 CASES = [
@@ -20,4 +22,21 @@ CASES = [
     case("RNN", "5x2x3 1x4x3 1x4x4 1x8 - 1x2x4", "12 12 12 1 - 12 > - 12", hidden_size=4, outs="01", direction="reverse"),
     case("RNN", "5x2x3 2x4x3 2x4x4 2x8 [3,5]", "12 12 12 1 0 > 23 12", hidden_size=4, outs="11", direction="bidirectional"),
     case("RNN", "2x5x3 1x4x3 1x4x4 1x8", "02 12 12 1 > 03 02", hidden_size=4, outs="11", layout=1),
+    case(
+        "com.microsoft::DynamicQuantizeLSTM",
+        "5x2x3 !i8:1x3x16 !i8:1x4x16 1x32 - - - - [0.01] i8:[0] [0.01] i8:[0]",
+        "12 12 12 1 - - - - - - - - > 23 12 12",
+        hidden_size=4,
+        outs="111",
+        tolerance=DYNAMIC,
+    ),
+    case(
+        "com.microsoft::DynamicQuantizeLSTM",
+        "5x2x3 !i8:2x3x16 !i8:2x4x16 2x32 - 2x2x4 2x2x4 - [0.01,0.02] i8:[0,0] [0.01,0.02] i8:[0,0]",
+        "12 12 12 1 - 12 12 - - - - - > 23 12 12",
+        hidden_size=4,
+        outs="111",
+        direction="bidirectional",
+        tolerance=DYNAMIC,
+    ),
 ]

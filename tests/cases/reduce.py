@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.law import case, each
+from tests.subject import case, each
 
 REDUCTIONS = "ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare ReduceMax ReduceMin ReduceProd"
 LOGS = "ReduceLogSum ReduceLogSumExp"
