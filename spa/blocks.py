@@ -40,7 +40,7 @@ def _rows(tensor: ir.TensorProtocol) -> Rows | None:
     if isinstance(tensor, Blocked):
         return tensor.rows
     if isinstance(tensor, ir.Tensor) and divisible(tensor.dtype, tensor.shape):
-        return lambda start, stop: tensor.numpy()[start:stop]  # type: ignore[no-any-return]
+        return lambda start, stop: tensor.numpy()[start:stop]
     return None
 
 
@@ -61,7 +61,7 @@ def blocks(tensor: ir.TensorProtocol) -> Iterator[Array]:
 
 
 def picked(tensor: ir.TensorProtocol, picks: Sequence[tuple[int, Index]], name: str) -> ir.TensorProtocol:
-    """`tensor` with only some positions of some axes, `(axis, positions)` ascending; read and cut when it is written."""
+    """`tensor` with only some positions, ascending, of some axes; read and cut when it is written."""
     shape = list(tensor.shape.numpy())
     # the axis that shrinks most goes first, so that the rest copies less
     picks = sorted(picks, key=lambda p: len(p[1]) / max(1, shape[p[0]]))

@@ -30,7 +30,7 @@ from spa.errors import ExternalDataError, ModelError, UnsupportedModelError
 from spa.inference import children
 from spa.wire import LIMIT, Irregular, Span, cut
 
-__all__ = ["SMALL", "File", "Weights", "adopt", "attach", "copy_field", "detach", "is_placeholder", "lighten", "map_model", "root_cause", "weight_index"]
+__all__ = ["File", "Weights", "adopt", "attach", "detach", "lighten", "map_model", "root_cause", "weight_index"]
 
 SMALL = 4096
 """Tensors up to this many bytes stay in the protobuf message: shape inference reads them."""
@@ -433,11 +433,6 @@ def attach(model: ir.Model, weights: Weights) -> None:
     for tensor, assign, _ in list(_slots(model, attributes=True)):
         if isinstance(tensor, ir.ExternalTensor):
             assign(weights[weight_index(os.fspath(tensor.location))])
-
-
-def is_placeholder(tensor: onnx.TensorProto) -> bool:
-    """Whether a tensor stands for another one (and not for bytes of a file)."""
-    return tensor.external_data[0].value.startswith(_MARK)
 
 
 def weight_index(location: str) -> int:

@@ -1,4 +1,4 @@
-"""Types and shapes of all values, inferred anew: what a file claims about them is never used."""
+"""Types and shapes of all values, inferred anew: what a file claims is not used, but for operators nobody knows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 import onnx
+import onnx.defs
 import onnx.shape_inference
 
 from spa.errors import ModelError
@@ -22,12 +23,19 @@ def children(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
             yield from (attribute.g,) if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
 
 
+def _unknown(node: onnx.NodeProto) -> bool:
+    """An operator of the user's own: what the file says about its outputs is all there is."""
+    return node.domain != "com.microsoft" and not onnx.defs.has(node.op_type, node.domain)
+
+
 def _strip(graph: onnx.GraphProto) -> None:
-    """Drop `value_info`, which may be wrong, except for its documentation."""
-    notes = [info for info in graph.value_info if info.doc_string or info.metadata_props]
+    """Drop `value_info`, which may be wrong, except for its documentation and for outputs of unknown operators."""
+    mysterious = {name for node in graph.node if _unknown(node) for name in node.output}
+    notes = [i for i in graph.value_info if i.doc_string or i.metadata_props or i.name in mysterious]
     del graph.value_info[:]
     for note in notes:
-        note.ClearField("type")
+        if note.name not in mysterious:
+            note.ClearField("type")
         graph.value_info.append(note)
     for node in graph.node:
         for child in children(node):
@@ -57,7 +65,9 @@ def infer(proto: onnx.ModelProto, label: str | None) -> None:
 
 
 def _undeclare(graph: onnx.GraphProto) -> None:
-    graph.ClearField("value_info")
+    trusted = [info for info in graph.value_info if info.HasField("type")]
+    del graph.value_info[:]
+    graph.value_info.extend(trusted)
     for info in graph.output:
         info.ClearField("type")
     for node in graph.node:

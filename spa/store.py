@@ -16,7 +16,7 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from spa.blocks import Blocked, blocks
 from spa.errors import OutputError
-from spa.external import Weights, is_placeholder, lighten, root_cause, weight_index
+from spa.external import Weights, lighten, root_cause, weight_index
 from spa.inference import children, infer
 from spa.wire import LIMIT, splice, tokens
 
@@ -64,7 +64,8 @@ def _write_files(proto: onnx.ModelProto, weights: Weights, path: Path, *, extern
         else:
             del temporary[data_path]
         with open(temporary[path], "xb") as file:
-            _stream_model(proto, weights, file, path)
+            inside = _constants(proto.graph) if outside else (*_initializers(proto.graph), *_constants(proto.graph))
+            _stream_model(proto, inside, weights, file)
             written += file.tell()
         publish(temporary)
     except EncodeError as error:
@@ -112,7 +113,7 @@ def _light(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:
 def to_proto(model: ir.Model) -> onnx.ModelProto:
     """Self-contained message with all weights inside, evaluated, and freshly inferred `value_info`."""
     proto, weights = _light(model)
-    for tensor, index in _placeholders(proto.graph):
+    for tensor, index in (*_initializers(proto.graph), *_constants(proto.graph)):
         _fill(tensor, weights[index].tobytes())
     return proto
 
@@ -125,18 +126,17 @@ def _initializers(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, in
             yield from _initializers(child)
 
 
-def _placeholders(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, int]]:
-    """All placeholders, those in attributes too."""
-    yield from _indexed(graph.initializer)
+def _constants(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, int]]:
+    """Placeholders in attributes, whose data must be inside."""
     for node in graph.node:
         yield from _indexed(a.t for a in node.attribute if a.type == onnx.AttributeProto.TENSOR)
         for child in children(node):
-            yield from _placeholders(child)
+            yield from _constants(child)
 
 
 def _indexed(tensors: Iterable[onnx.TensorProto]) -> Iterator[tuple[onnx.TensorProto, int]]:
     for tensor in tensors:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and is_placeholder(tensor):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
             yield tensor, weight_index(tensor.external_data[0].value)
 
 
@@ -163,21 +163,23 @@ def _stream_data(proto: onnx.ModelProto, weights: Weights, file: BinaryIO, locat
     return offset
 
 
-def _stream_model(proto: onnx.ModelProto, weights: Weights, file: BinaryIO, path: Path) -> None:
-    """Write the message with what placeholders are left inside: the bytes that protobuf would write.
+def _stream_model(
+    proto: onnx.ModelProto, inside: Iterable[tuple[onnx.TensorProto, int]], weights: Weights, file: BinaryIO
+) -> None:
+    """Write the message with the weights of the placeholders `inside`: the bytes that protobuf would write.
 
-    Raises: OutputError above what protobuf can read.
+    Raises: EncodeError above what protobuf can read.
     """
-    fresh, inside = tokens(), dict[bytes, ir.TensorProtocol]()
-    for tensor, index in list(_placeholders(proto.graph)):
+    fresh, placed = tokens(), dict[bytes, ir.TensorProtocol]()
+    for tensor, index in list(inside):
         token = next(fresh)
-        inside[token] = weights[index]
+        placed[token] = weights[index]
         _fill(tensor, token)
     light = proto.SerializeToString(deterministic=True)
-    size, pieces = splice(light, {token: weight.nbytes for token, weight in inside.items()})
+    size, pieces = splice(light, {token: weight.nbytes for token, weight in placed.items()})
     if size > LIMIT:
-        raise OutputError(f"{path}: the constants inside the nodes exceed 2 GB; store them as initializers.")
-    ordered = list(inside.values())
+        raise EncodeError
+    ordered = list(placed.values())
     for piece in pieces:
         if isinstance(piece, bytes):
             file.write(piece)

@@ -261,6 +261,7 @@ def compare(
 
 def _open(model: ir.Model | Path, path: Path, name: str) -> Session:
     try:
+        # as written: the optimiser fuses some quantised products into coarser kernels, in one model and not in the other
         return open_session(_file(model, path), optimize=False)
     except RuntimeFailure as error:
         cause = str(error).rpartition("]: ")[2] or str(error)

@@ -11,7 +11,6 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from spa.rules import Op, Rule, Zero
 from spa.rules.base import _RULES
 from spa.rules.notation import Attr, Einsum, parse
 from tests.law import Law, LawBroken
-from tests.subject import Case, engine_for
+from tests.subject import Case
 
 Text = tuple[str, tuple[tuple[str, str], ...], tuple[str, ...]]
 """A notation line as used: text, leavings, names with an attribute."""
@@ -153,7 +152,7 @@ def mutants(rule: Rule, cases: Sequence[Case]) -> list[Mutant]:
 
     with _installed(rule, dataclasses.replace(rule, apply=recorded)):
         for spec in cases:
-            Law(spec.subject, _engine(spec))
+            Law(spec.subject, spec.engine)
     out = [
         Mutant("everything passes", apply=_elementwise),
         Mutant("nothing is frozen", verbs=frozenset({"freeze"})),
@@ -245,14 +244,9 @@ def _operand(terms: list[tuple[str, ...] | str]) -> str:
 # -- killing ---------------------------------------------------------------------------------------------------------
 
 
-@cache
-def _engine(spec: Case) -> str:
-    return engine_for(spec.subject)
-
-
 def run(rule: Rule, cases: Sequence[Case], equivalent: Callable[[str], bool], only: slice = slice(None)) -> Outcome:
     """Try to kill all mutants of a rule (or some) with its cases."""
-    sound = [said(Law(spec.subject, _engine(spec))) for spec in cases]
+    sound = [said(Law(spec.subject, spec.engine)) for spec in cases]
     outcome = Outcome()
     for mutant in mutants(rule, cases)[only]:
         how = _kill(rule, mutant, cases, sound)
@@ -278,7 +272,7 @@ def _kill(rule: Rule, mutant: Mutant, cases: Sequence[Case], sound: Sequence[Any
     with _installed(rule, dataclasses.replace(rule, apply=broken, zero=mutant.zero or rule.zero)):
         for spec, before in zip(cases, sound, strict=True):
             try:
-                law = Law(spec.subject, _engine(spec))
+                law = Law(spec.subject, spec.engine)
                 if mutant.zero is None and said(law) == before:
                     continue
                 changed = True

@@ -85,6 +85,10 @@ class Case:
     def subject(self) -> Subject:
         return _built(self)
 
+    @cached_property
+    def engine(self) -> str:
+        return engine_for(self.subject)
+
 
 def case(op: str, operands: str, free: str, **options: Any) -> Case:
     """A case in one line; what is no field of `Case` is an attribute of the node, as is what stands in `more`."""

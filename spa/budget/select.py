@@ -245,9 +245,10 @@ def _up(number: float, digits: int) -> float:
 
 
 def _why(frozen: Sequence[Frozen]) -> str:
+    """What stands in the way, largest first; kernel windows and the like could never leave."""
     parts = []
-    for f in frozen[:3]:
+    for f in [f for f in frozen if not f.reason.text.endswith("as a whole")][:3]:
         node = f" at {f.reason.node}" if f.reason.node else ""
         parts.append(f"{f.tensor} axis {f.axis} ({f.reason.text}{node})")
-    rest = "the rest is frozen by " + ", ".join(parts) if parts else "all groups are at their minimum"
+    rest = f"what cannot leave: {', '.join(parts)}" if parts else "all groups are at their minimum"
     return f"{rest}; try --scope all, a smaller --align or --min-keep, or see `spa inspect`"
