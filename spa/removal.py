@@ -92,6 +92,8 @@ def kept_by(analysis: Analysis, plan: Plan, label: str) -> Mask:
     kept &= ~np.isin(solution.label, gone)
     if solution.frozen[~kept].any():
         raise PlanError(f"{label} removes slices that cannot be pruned in this model; make the plan anew")
+    if any(not kept[solution.base[leaf] : solution.base[leaf + 1]].any() for leaf in changed_leaves(solution, kept)):
+        raise PlanError(f"{label} removes all units of a layer; keep at least one")
     if removals(analysis, kept) != plan.removed:
         raise PlanError(f"{label} removes slices that cannot leave alone in this model; make the plan anew")
     return kept

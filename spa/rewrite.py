@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from spa.axes import Axis
+from spa.blocks import picked
 from spa.groups import Analysis
 from spa.removal import Mask, changed_leaves, variants
 from spa.rules import Edit, Remap
@@ -302,18 +303,7 @@ def _int(size: Size) -> int:
 def slice_tensor(tensor: ir.TensorProtocol, masks: Sequence[Mask | None], name: str) -> ir.TensorProtocol:
     """`tensor` with only the positions in `masks` (per axis, None keeps all); read and cut when it is written."""
     picks = [(axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if mask is not None and not mask.all()]
-    shape = list(tensor.shape.numpy())
-    for axis, index in picks:
-        shape[axis] = len(index)
-
-    def cut() -> ir.TensorProtocol:
-        array = tensor.numpy()
-        # the axis that shrinks most goes first, so that the rest copies less
-        for axis, index in sorted(picks, key=lambda p: len(p[1]) / array.shape[p[0]]):
-            array = np.take(array, index, axis=axis)
-        return ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=name)
-
-    return ir.LazyTensor(cut, tensor.dtype, ir.Shape(shape), name=name)
+    return picked(tensor, picks, name)
 
 
 class Twin:

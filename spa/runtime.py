@@ -163,7 +163,7 @@ def _preload(ort: Any) -> None:
             preload()
 
 
-def _options(ort: Any, threads: int, optimize: bool, arena: bool, deterministic: bool) -> Any:
+def _options(ort: Any, threads: int, optimize: bool, arena: bool, deterministic: bool, repack: bool) -> Any:
     if threads < 0:
         raise UsageError(f"threads must be 0 (let ONNX Runtime choose) or more, not {threads}.")
     options = ort.SessionOptions()
@@ -176,6 +176,7 @@ def _options(ort: Any, threads: int, optimize: bool, arena: bool, deterministic:
     options.use_deterministic_compute = deterministic
     # idle threads of one session must not steal time from another one in this process
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
     return options
 
 
@@ -194,6 +195,7 @@ def open_session(
     optimize: bool = True,
     arena: bool = True,
     deterministic: bool = True,
+    repack: bool = True,
 ) -> Session:
     """Open `model` with ONNX Runtime, without noise.
 
@@ -204,6 +206,8 @@ def open_session(
         optimize: ONNX Runtime's own graph optimisations; off keeps node names and saves memory.
         arena: keep memory between runs; off is slower and uses less.
         deterministic: deterministic kernels, and on CUDA no TF32, so that figures can be compared.
+        repack: copy weights into the layout that kernels like best; off, and with `optimize` and `arena` off, weights
+            in external data stay mapped on the CPU and take no memory of their own.
 
     Raises:
         RuntimeFailure: ONNX Runtime refuses the model, or CUDA is asked for and does not work.
@@ -212,7 +216,7 @@ def open_session(
     if provider not in ("auto", "cpu", "cuda"):
         raise UsageError(f"provider must be auto, cpu or cuda, not {provider!r}.")
     ort = _ort()
-    options = _options(ort, threads, optimize, arena, deterministic)
+    options = _options(ort, threads, optimize, arena, deterministic, repack)
     problem = None if provider == "cpu" else cuda_problem()
     if provider == "cuda" and problem is not None:
         raise _no_cuda(problem)

@@ -16,11 +16,11 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from spa.blocks import Blocked, blocks
 from spa.errors import OutputError
-from spa.external import Weights, lighten, root_cause, weight_index
+from spa.external import File, Weights, lighten, map_model, root_cause, weight_index
 from spa.inference import children, infer
 from spa.wire import LIMIT, splice, tokens
 
-__all__ = ["save", "to_proto"]
+__all__ = ["save", "to_proto", "unpack"]
 
 PAGE = 4096
 ALIGN_ABOVE = 64 * 1024
@@ -47,6 +47,19 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool) -> in
         raise OutputError(f"{path}: the folder '{path.parent}' does not exist; create it first.")
     proto, weights = _light(model)
     return _write_files(proto, weights, path, external=external)
+
+
+def unpack(source: Path, target: Path) -> Path:
+    """Write a model file again with its weights in a second file, where runtimes can map them; changes nothing else.
+
+    Returns the new file, or `source` if it cannot be taken apart.
+    """
+    found = map_model(File(source), str(source))
+    if found is None:
+        return source
+    proto, weights, _ = found
+    _write_files(proto, weights, target, external=True)
+    return target
 
 
 def _write_files(proto: onnx.ModelProto, weights: Weights, path: Path, *, external: bool) -> int:

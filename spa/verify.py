@@ -7,8 +7,11 @@ plans. `masked` works for statistic atoms too: removed channels stay alive, and 
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spa.blocks import blanked
 from spa.coupling import tensor_of
 from spa.errors import RuntimeFailure, VerifyError
 from spa.feeds import runnable_feeds
@@ -26,12 +30,15 @@ from spa.removal import Mask, changed_leaves
 from spa.rewrite import Twin
 from spa.rules import Flow
 from spa.runtime import Session, open_session, run
-from spa.store import save
+from spa.store import save, unpack
 
 TOLERANCE = 1e-4
 """Largest accepted relative error in float32: rounding in another order, nothing else."""
 HALF_TOLERANCE = 2e-2
 """In float16 and bfloat16, whose rounding is 2^-11 and 2^-8 per operation."""
+
+LARGE = 64 << 20
+"""Above this many bytes of weights ONNX Runtime maps them instead of holding its own copy."""
 
 Feeds = Mapping[str, NDArray[Any]]
 
@@ -65,7 +72,7 @@ def zeroed(model: ir.Model, removed: Sequence[Removal]) -> ir.Model:
             producer = value.producer()
             tensor = value.const_value if producer is None else tensor_of(producer)
             assert tensor is not None
-            blank = _zero_slices(tensor, removal)
+            blank = blanked(tensor, removal.axis, np.array(removal.indices, dtype=np.intp))
             if removal.consumers is None and producer is None:
                 value.const_value = blank
             elif removal.consumers is None and producer is not None:
@@ -97,15 +104,6 @@ def _targets(model: ir.Model, removal: Removal) -> list[tuple[ir.Value, list[tup
                 if operand is not None and node.outputs and (node.outputs[0].name, slot) in wanted:
                     uses.setdefault(operand, []).append((node, slot))
     return list(uses.items())
-
-
-def _zero_slices(tensor: ir.TensorProtocol, removal: Removal) -> ir.TensorProtocol:
-    def blank() -> ir.TensorProtocol:
-        array = np.array(tensor.numpy())
-        array[(slice(None),) * removal.axis + (list(removal.indices),)] = 0
-        return ir.Tensor(array, dtype=tensor.dtype, name=tensor.name)
-
-    return ir.LazyTensor(blank, tensor.dtype, ir.Shape(tensor.shape.numpy()), name=tensor.name)
 
 
 def masked(analysis: Analysis, kept: Mask) -> ir.Model:
@@ -248,21 +246,63 @@ def compare(
     Raises:
         RuntimeFailure: one of the models does not run.
     """
-    with tempfile.TemporaryDirectory(prefix="spa-verify-") as folder:
-        wide = _open(reference, Path(folder) / "reference.onnx", "the original model")
-        slim = _open(pruned, Path(folder) / "pruned.onnx", "the pruned model")
-        tolerance = HALF_TOLERANCE if half_precision(original) else TOLERANCE
-        worst = Verification(exact, 0.0, 0.0, tolerance, 0)
-        for k in range(runs if feeds is None else 1):
-            inputs = feeds if feeds is not None else runnable_feeds(original, wide, seed + k, dict(dims or {}))
-            worst = _worse(worst, measure(run(wide, inputs), run(slim, inputs), exact, tolerance))
-        return worst
+    limited = _weight_bytes(original) > LARGE
+    tolerance = HALF_TOLERANCE if half_precision(original) else TOLERANCE
+
+    def choose(wide: Session) -> list[Feeds]:
+        if feeds is not None:
+            return [feeds]
+        return [runnable_feeds(original, wide, seed + k, dict(dims or {})) for k in range(runs)]
+
+    with _folder(pruned if limited and isinstance(pruned, Path) else None) as folder:
+        # one after the other, as each may need as much memory as there is
+        inputs, wanted = _outputs(reference, folder / "reference", "the original model", limited, choose)
+        _, got = _outputs(pruned, folder / "pruned", "the pruned model", limited, lambda _: inputs)
+    worst = Verification(exact, 0.0, 0.0, tolerance, 0)
+    for want, have in zip(wanted, got, strict=True):
+        worst = _worse(worst, measure(want, have, exact, tolerance))
+    return worst
 
 
-def _open(model: ir.Model | Path, path: Path, name: str) -> Session:
+def _weight_bytes(model: ir.Model) -> int:
+    tensors = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None and tensor.dtype != ir.DataType.STRING)
+
+
+@contextmanager
+def _folder(beside: Path | None) -> Iterator[Path]:
+    """A temporary folder; big files go beside the result, as the system's temporary folder may live in memory."""
+    where = beside.parent if beside is not None and os.access(beside.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix=".spa-verify-", dir=where) as name:
+        yield Path(name)
+
+
+def _outputs(
+    model: ir.Model | Path, folder: Path, name: str, limited: bool, choose: Callable[[Session], list[Feeds]]
+) -> tuple[list[Feeds], list[Feeds]]:
+    """Inputs and what a model answers to them; its session and its files are gone afterwards."""
+    folder.mkdir()
+    try:
+        session = _open(_file(model, folder, limited), name, limited)
+        inputs = choose(session)
+        return inputs, [run(session, given) for given in inputs]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _file(model: ir.Model | Path, folder: Path, limited: bool) -> Path:
+    """The model as a file; `limited`: with big weights where they can be mapped."""
+    path = folder / "model.onnx"
+    if isinstance(model, ir.Model):
+        save(model, path, external=limited)
+        return path
+    return unpack(model, path) if limited and model.stat().st_size > LARGE else model
+
+
+def _open(path: Path, name: str, limited: bool) -> Session:
     try:
         # as written: the optimiser fuses some quantised products into coarser kernels, in one model and not in the other
-        return open_session(_file(model, path), optimize=False)
+        return open_session(path, optimize=False, arena=not limited, repack=not limited)
     except RuntimeFailure as error:
         cause = str(error).rpartition("]: ")[2] or str(error)
         raise RuntimeFailure(
@@ -273,13 +313,6 @@ def _open(model: ir.Model | Path, path: Path, name: str) -> Session:
 
 def _worse(a: Verification, b: Verification) -> Verification:
     return b if b.max_rel_error >= a.max_rel_error else a
-
-
-def _file(model: ir.Model | Path, path: Path) -> Path:
-    if isinstance(model, Path):
-        return model
-    save(model, path, external=False)
-    return path
 
 
 def half_precision(model: ir.Model) -> bool:

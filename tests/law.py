@@ -293,12 +293,7 @@ class Law:
             self._zero_out(rule, arrays, claimed, kept)
 
     def _zero_out(self, rule: Rule, arrays: dict[str, Array], claimed: dict[ir.Value, set[int]], kept: Mask) -> None:
-        known = dict(claimed)
-        weights, self.coupling.weights = self.coupling.weights, {}
-        try:
-            exactness._forward(self.coupling, self.op, rule, known, set())
-        finally:
-            self.coupling.weights = weights
+        known = self.promised(rule, claimed)
         wide = execute(self.engine, self.subject.with_arrays(arrays), self.subject.feeds(arrays))
         for value in self.model.graph.outputs:
             if value in claimed:
@@ -309,3 +304,18 @@ class Law:
                     mask = self.solution.keep(dim, self._only(kept, leaves))
                     if np.any(np.compress(~mask, wide[value.name or ""], axis=d)):
                         raise LawBroken(f"{value.name}.{d} is not zero where its operands are: {self._told(kept)}")
+
+    def promised(self, rule: Rule, zeros: Mapping[ir.Value, set[int]]) -> dict[ir.Value, set[int]]:
+        """What `spa.exactness` concludes from zeros in the operands: per value, the leaves on which it is zero."""
+        known = {value: set(leaves) for value, leaves in zeros.items()}
+        weights, self.coupling.weights = self.coupling.weights, {}
+        try:
+            exactness._forward(self.coupling, self.op, rule, known, set())
+        finally:
+            self.coupling.weights = weights
+        return {v: leaves for v, leaves in known.items() if v not in zeros}
+
+    def movable(self, leaf: int) -> bool:
+        """Whether positions of a leaf can leave."""
+        span = slice(self.solution.base[leaf], self.solution.base[leaf + 1])
+        return bool((~self.solution.frozen[span]).sum() > 1)

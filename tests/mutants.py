@@ -174,6 +174,10 @@ def _promises(rule: Rule, cases: Sequence[Case]) -> list[Zero]:
     slots = range(max(len(c.operands.split()) for c in cases))
     promises = [Zero(any_of=(k,)) for k in slots]
     promises.append(Zero(all_of="all", parts=True))
+    if isinstance(rule.zero, Zero) and rule.zero.all_of and rule.zero.all_of != "all":
+        promises.extend(
+            dataclasses.replace(rule.zero, all_of=tuple(s for s in rule.zero.all_of if s != k)) for k in rule.zero.all_of
+        )
     if isinstance(rule.zero, Zero) and rule.zero.outputs:
         promises.append(dataclasses.replace(rule.zero, outputs=()))
     return [promise for promise in promises if promise != rule.zero]
@@ -205,6 +209,8 @@ def _text_mutants(text: Text) -> Iterator[Mutant]:
     if whole:
         yield _rewritten(text, operands, split, whole)
     for name, leaving in leavings:
+        if leaving == "pass":
+            continue
         yield _changed(text, f"{name} passes instead of {leaving}", leaving={n: v for n, v in leavings if n != name})
     outside = {n for terms in operands[split:] for term in terms if not isinstance(term, str) for n in term}
     for name in sorted(set(names) - outside):
@@ -273,7 +279,7 @@ def _kill(rule: Rule, mutant: Mutant, cases: Sequence[Case], sound: Sequence[Any
         for spec, before in zip(cases, sound, strict=True):
             try:
                 law = Law(spec.subject, spec.engine)
-                if mutant.zero is None and said(law) == before:
+                if said(law) == before if mutant.zero is None else not _promises_more(law, rule, mutant.zero):
                     continue
                 changed = True
                 law.check(seeds=2)
@@ -286,6 +292,28 @@ def _kill(rule: Rule, mutant: Mutant, cases: Sequence[Case], sound: Sequence[Any
     if verdicts:
         return min(verdicts)
     return "survived" if changed else "unchanged"
+
+
+def _promises_more(law: Law, rule: Rule, zero: Zero) -> bool:
+    """Whether some zero operand lets `zero` promise more than the rule does."""
+    if not law.subject.single:
+        return False
+    op = law.op
+    slots = [k for k, operand in enumerate(op.inputs) if operand is not None and operand.dims]
+    choices: list[list[int]] = [*([k] for k in slots), [], slots]
+    for choice in choices:
+        claims = []
+        for promise in (rule.zero, zero):
+            known = {}
+            for k in choice:
+                operand, value = op.inputs[k], op.node.inputs[k]
+                assert operand is not None
+                assert value is not None
+                known[value] = {leaf for axis in operand.dims for leaf in law.solution.leaves(axis) if law.movable(leaf)}
+            claims.append(law.promised(dataclasses.replace(rule, zero=promise), known))
+        if any(claims[1].get(v, set()) - claims[0].get(v, set()) for v in claims[1]):
+            return True
+    return False
 
 
 def said(law: Law) -> Any:

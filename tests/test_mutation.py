@@ -36,3 +36,11 @@ def test_every_mutant_is_caught(names: str, rule: Rule, cases: list[Case]) -> No
         f"crash {outcome.crash}), say the same {outcome.unchanged}"
     )
     assert not outcome.survivors
+
+
+if __name__ == "__main__":
+    for names, rule, cases in RULES:
+        outcome = run(rule, cases, lambda name, first=names.split()[0]: name in EQUIVALENT.get(first, {}))
+        print(f"{names[:40]:40}", outcome.law, outcome.expectation, outcome.crash, outcome.unchanged, flush=True)
+        for survivor in outcome.survivors:
+            print("    SURVIVED", survivor, flush=True)

@@ -110,7 +110,9 @@ def select(
             costs = (_uniform if allocation == "uniform" else _global)(cost, queues, limits)
             removed = tuple((q.group, tuple(sorted(q.order[: q.removed]))) for q in queues if q.taken)
             return Selection(removed, costs, original, align if align != "auto" or step == _KERNEL else step)
-    raise TargetError(_unreachable(limits, floor, original, analysis.frozen, bool(groups)))
+    missed = [t for t, limit in limits.items() if floor[t.metric] > limit]
+    best = {m: value + (spare or {}).get(m, 0.0) for m, value in floor.items()}
+    raise TargetError(_unreachable(missed, best, original, analysis.frozen, bool(groups)))
 
 
 def _relaxations(align: Align, min_keep: MinKeep | None) -> list[tuple[int, MinKeep]]:
@@ -220,8 +222,8 @@ def _uniform(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, 
 
 
 def _unreachable(
-    limits: Mapping[Target, float],
-    floor: Mapping[Metric, float],
+    missed: Sequence[Target],
+    best: Mapping[Metric, float],
     original: Mapping[Metric, float],
     frozen: Sequence[Frozen],
     prunable: bool,
@@ -229,10 +231,9 @@ def _unreachable(
     if not prunable:
         why = f"; {_why(frozen)}" if frozen else ""
         return f"nothing in this model can be pruned with these options{why}"
-    missed = [t for t, limit in limits.items() if floor[t.metric] > limit]
     parts = [
-        f"{t.text} cannot be reached: the best is {t.metric}={_up(floor[t.metric], 4):.4g} "
-        f"({_up(floor[t.metric] / original[t.metric], 3):.3g} of the original)"
+        f"{t.text} cannot be reached: the best is {t.metric}={_up(best[t.metric], 4):.4g} "
+        f"({_up(best[t.metric] / original[t.metric], 3):.3g} of the original)"
         for t in missed
     ]
     return f"{' and '.join(parts)}; {_why(frozen)}"

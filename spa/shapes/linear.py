@@ -145,7 +145,8 @@ def _multi_head(op: Op) -> Result:
     heads = op.attr("num_heads", 1)
     widths = [exact_div(size, heads) for size in (q[2], width)]
     total = op.fresh()
-    return [y, *[(q[0], heads, total, op.fresh() if w is None else w) for w in widths]][: len(op.node.outputs)]
+    caches: list[Shape | None] = [(q[0], heads, total, op.fresh() if w is None else w) for w in widths]
+    return [y, *caches][: len(op.node.outputs)]
 
 
 @SHAPES.rule("GroupQueryAttention", MS)
@@ -159,7 +160,8 @@ def _group_query(op: Op) -> Result:
     if head is None:
         head = op.fresh()
     present: Shape = (q[0], groups, op.fresh(), head)
-    return [(q[0], q[1], head * heads) if packed else q, present, present][: len(op.node.outputs)]
+    shapes: list[Shape | None] = [(q[0], q[1], head * heads) if packed else q, present, present]
+    return shapes[: len(op.node.outputs)]
 
 
 # --- fused operators of ONNX Runtime: the first output ----------------------------------------------------------------
@@ -169,7 +171,8 @@ def _group_query(op: Op) -> Result:
 def _skip_norm(op: Op) -> Result:
     x = op.shape()
     stat = None if x is None else (*x[:-1], 1)
-    return [x, stat, stat, x][: len(op.node.outputs)]
+    shapes: list[Shape | None] = [x, stat, stat, x]
+    return shapes[: len(op.node.outputs)]
 
 
 @SHAPES.rule("EmbedLayerNormalization", MS)
@@ -178,7 +181,8 @@ def _embed_norm(op: Op) -> Result:
     if ids is None or not table:
         return None
     y: Shape = (*ids, table[-1])
-    return [y, (ids[0],), y][: len(op.node.outputs)]
+    shapes: list[Shape | None] = [y, (ids[0],), y]
+    return shapes[: len(op.node.outputs)]
 
 
 @SHAPES.rule("FusedMatMul", MS)

@@ -10,7 +10,7 @@ DYNAMIC = Tolerance(0.05, "the state is quantised anew in every step, by its ext
 CASES = [
     case("LSTM", "5x2x3 1x16x3 1x16x4", "12 12 12 > 23 12 12", hidden_size=4, outs="111"),
     case("LSTM", "5x2x3 1x16x3 1x16x4 1x32", "12 12 12 1 > 23 12 12", hidden_size=4, outs="111", direction="reverse"),
-    case("LSTM", "5x2x3 1x16x3 1x16x4 1x32 [4,5] 1x2x4 1x2x4 1x12", "12 12 12 1 0 12 12 1 > 23 12 12", hidden_size=4, outs="111"),
+    case("LSTM", "5x2x3 1x16x3 1x16x4 1x32 i32:[4,5] 1x2x4 1x2x4 1x12", "12 12 12 1 0 12 12 1 > 23 12 12", hidden_size=4, outs="111"),
     case("LSTM", "5x2x3 2x16x3 2x16x4 2x32 - 2x2x4 2x2x4", "12 12 12 1 - 12 12 > 23 12 12", hidden_size=4, outs="111", direction="bidirectional"),
     case("LSTM", "2x5x3 1x16x3 1x16x4 1x32 - 2x1x4 2x1x4", "02 12 12 1 - 02 02 > 03 02 02", hidden_size=4, outs="111", layout=1),
     case("LSTM", "5x2x3 1x16x3 1x16x4 1x32 - - - 1x12", "12 12 12 1 - - - 1 > 23", hidden_size=4, outs="1", input_forget=1),
@@ -20,7 +20,7 @@ CASES = [
     case("GRU", "2x5x3 1x12x3 1x12x4 1x24", "02 12 12 1 > 03 02", hidden_size=4, outs="11", layout=1),
     case("RNN", "5x2x3 1x4x3 1x4x4", "12 12 12 > 23 12", hidden_size=4, outs="11"),
     case("RNN", "5x2x3 1x4x3 1x4x4 1x8 - 1x2x4", "12 12 12 1 - 12 > - 12", hidden_size=4, outs="01", direction="reverse"),
-    case("RNN", "5x2x3 2x4x3 2x4x4 2x8 [3,5]", "12 12 12 1 0 > 23 12", hidden_size=4, outs="11", direction="bidirectional"),
+    case("RNN", "5x2x3 2x4x3 2x4x4 2x8 i32:[3,5]", "12 12 12 1 0 > 23 12", hidden_size=4, outs="11", direction="bidirectional"),
     case("RNN", "2x5x3 1x4x3 1x4x4 1x8", "02 12 12 1 > 03 02", hidden_size=4, outs="11", layout=1),
     case(
         "com.microsoft::DynamicQuantizeLSTM",

@@ -1,0 +1,125 @@
+"""The layers of the code: imports go downward only, and what is optional is never imported by the way."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (
+    {"errors", "version", "wire", "blocks", "symbols"},
+    {"axes", "inference", "runtime", "signature"},
+    {"external", "feeds", "footprint"},
+    {"store", "bench"},
+    {"graph"},
+    {"rules"},
+    {"shapes"},
+    {"coupling"},
+    {"cost", "exactness"},
+    {"groups"},
+    {"evidence", "plan"},
+    {"criteria", "removal"},
+    {"budget", "rewrite"},
+    {"verify"},
+    {"pipeline"},
+    {"explain"},
+    {"cli"},
+    {"__main__"},
+)
+"""Lowest first; a module imports lower layers, and others of its own package. `spa/__init__.py` is above them all."""
+LEVEL = {name: k for k, layer in enumerate(LAYERS) for name in layer}
+OPTIONAL = {"torch", "onnx_graphsurgeon", "networkx", "typer", "rich", "grpc", "sklearn", "hypothesis"}
+LIMIT = 500
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def component(path: Path) -> str:
+    """`criteria` for spa/criteria/base.py, `plan` for spa/plan.py."""
+    part = path.relative_to(ROOT / "spa").parts[0]
+    return part.removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """All modules that a file imports anywhere, with dots; `from spa import x` counts as `spa.x`."""
+    out: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            out.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            module = node.module or ""
+            out.update(f"spa.{alias.name}" for alias in node.names) if module == "spa" else out.add(module)
+    return out
+
+
+def test_every_module_has_a_layer() -> None:
+    found = {component(path) for path in sources("spa")} - {"__init__"}
+    assert found == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", [p for p in sources("spa") if p != ROOT / "spa" / "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_downward(path: Path) -> None:
+    mine = component(path)
+    for module in imported(path) - {"spa"}:
+        package, _, rest = module.partition(".")
+        other = rest.partition(".")[0]
+        if package == "spa" and (other in LEVEL or mine != "cli"):  # the command line also uses the package's own names
+            assert other == mine or LEVEL[other] < LEVEL[mine], f"spa/{mine} imports spa/{other}"
+
+
+def test_the_solver_knows_no_onnx() -> None:
+    allowed = set(sys.stdlib_module_names) | {"numpy", "numpy.typing", "spa.symbols"}
+    for name in ("axes", "symbols"):
+        assert {m for m in imported(ROOT / "spa" / f"{name}.py") if m.split(".")[0] not in allowed} <= allowed
+
+
+def test_tests_and_server_are_never_imported() -> None:
+    for path in sources("spa"):
+        assert not {m.split(".")[0] for m in imported(path)} & {"tests", "server", "benchmarks", "examples"}, path
+
+
+PRUNE = """
+import sys
+import spa
+light = {"onnx", "numpy", "onnxruntime", "onnx_ir"} & set(sys.modules)
+assert not light, light
+spa.prune(sys.argv[1], target="macs=0.7", output=sys.argv[2])
+spa.analyze(sys.argv[2])
+print(*sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+def test_pruning_needs_no_extras(tmp_path: Path) -> None:
+    """`import spa` is light, and pruning a file imports none of the optional packages."""
+    import onnx
+
+    from tests.models import BUILT
+
+    onnx.save(BUILT["residual_cnn"].build(), tmp_path / "in.onnx")
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PRUNE, str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not OPTIONAL & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("path", [*sources("spa"), *sources("tests")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LIMIT, f"{lines} lines: split it"
+
+
+def test_public_names_exist() -> None:
+    import spa
+
+    assert sorted(spa.__all__, key=str.lower) == sorted(set(spa.__all__), key=str.lower)
+    for name in spa.__all__:
+        assert getattr(spa, name) is not None
