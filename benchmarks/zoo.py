@@ -45,6 +45,8 @@ from spa.signature import inputs_of
 Row = dict[str, Any]
 _BEST = re.compile(r"(\w+)=[\d.e+-]+ \(([\d.]+) of the original\)")
 _GOAL_ERROR, _GOAL_PRUNABLE = 1e-4, 0.95
+"""States of a row: ok; nothing (the scope leaves nothing to prune); no-ort (ONNX Runtime refuses the original);
+wrong (the outside check differs); error (`spa` refused); crash, timeout (a bug)."""
 
 
 # -- one model -------------------------------------------------------------------------------------------------------
@@ -64,6 +66,8 @@ def check_model(path: Path, options: argparse.Namespace) -> Row:
             place = traceback.extract_tb(error.__traceback__)[-1]
             row["note"] += f"  [{Path(place.filename).name}:{place.lineno} {place.name}]"
         row["traceback"] = traceback.format_exc()
+        if isinstance(error, TargetError) and str(error).startswith("nothing in this model"):
+            row["state"] = "nothing"
         if (reason := _unloadable(path)) is not None:
             row["state"], row["note"] = "no-ort", f"{reason} | spa: {row['note']}"
     row["seconds"], row["cpu"] = time.perf_counter() - start, time.process_time() - cpu
@@ -380,7 +384,7 @@ def main() -> int:
 
     rows = run_all(paths, options, done)
     total = summary(rows, time.perf_counter() - start)
-    bad = [row for row in rows if row["state"] not in ("ok", "no-ort")]
+    bad = [row for row in rows if row["state"] not in ("ok", "nothing", "no-ort")]
     if bad:
         print("\nfailures, by reason:")
         for reason, count in Counter(re.sub(r"'[^']*'|[\d.]+", "_", row["note"])[:160] for row in bad).most_common():

@@ -12,9 +12,11 @@ import functools
 import importlib
 import importlib.metadata
 import io
+import mmap
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,6 +35,7 @@ __all__ = [
     "cuda_problem",
     "open_session",
     "provider_of",
+    "released",
     "run",
     "runner",
     "runtime_version",
@@ -43,6 +46,7 @@ Array = npt.NDArray[Any]
 
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
+_RELEASE_EVERY = 0.005  # seconds
 _SILENT = 4  # ONNX Runtime's severity FATAL
 # numpy has no such types; ONNX Runtime takes their bits, with the ONNX type beside them
 _RAW_TYPES: Mapping[str, tuple[int, np.dtype[Any]]] = {
@@ -257,6 +261,53 @@ def _create(ort: Any, model: Path | bytes, options: Any, providers: list[Any]) -
     except Exception as error:  # its exception classes are private and share no base
         raise RuntimeFailure(f"ONNX Runtime cannot load {label}: {_first_line(error)}.") from error
     return session
+
+
+@contextlib.contextmanager
+def released(folder: Path) -> Iterator[None]:
+    """Let go of mapped pages of the files in `folder` soon after they were read (on Linux; elsewhere nothing happens).
+
+    For use around the runs of an open session: ONNX Runtime keeps the files of external data mapped, so that in the
+    end every page it has read counts as this process's memory.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    done = threading.Event()
+    ranges = _clean_ranges(folder.resolve())  # found once: a model that runs writes to none of its weights
+
+    def release() -> None:
+        while not done.wait(_RELEASE_EVERY):
+            for start, length in ranges:
+                advise(start, length, mmap.MADV_DONTNEED)
+
+    thread = threading.Thread(target=release, name="spa-release", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _clean_ranges(folder: Path) -> list[tuple[int, int]]:
+    """Where files of `folder` are mapped without a page that was written to (that one would be lost)."""
+    found: list[tuple[int, int]] = []
+    inside = False
+    with open("/proc/self/smaps", "rb") as lines:
+        for line in lines:
+            words = line.split(maxsplit=5)
+            if b"-" in words[0]:
+                low, high = (int(word, 16) for word in words[0].split(b"-"))
+                inside = len(words) > 5 and words[5].startswith(os.fsencode(folder) + b"/")
+                if inside:
+                    found.append((low, high - low))
+            elif inside and words[0] == b"Anonymous:" and words[1] != b"0":
+                found.pop()
+                inside = False
+    return found
 
 
 def provider_of(session: Session) -> Literal["cpu", "cuda"]:

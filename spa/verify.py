@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from spa.plan import Removal
 from spa.removal import Mask, changed_leaves
 from spa.rewrite import Twin
 from spa.rules import Flow
-from spa.runtime import Session, open_session, run
+from spa.runtime import Session, open_session, released, run
 from spa.store import save, unpack
 
 TOLERANCE = 1e-4
@@ -171,6 +171,12 @@ class _Masker:
         twin = self.twin.node(node)
         value = twin.inputs[slot]
         assert value is not None
+        producer = value.producer()
+        tensor = value.const_value if producer is None else tensor_of(producer)
+        if tensor is not None:  # some kernels want their weights constant
+            blank = blanked(tensor, d, np.flatnonzero(~mask))
+            twin.replace_input_with(slot, self.twin.constant(blank, f"{value.name}_masked", like=value))
+            return
         dtype = self.coupling.shapes.dtype(operand.value) or ir.DataType.FLOAT
         alive = self.twin.constant(ir.tensor(mask.reshape(shape)), "mask", like=value)
         zero = self.twin.constant(ir.Tensor(np.zeros((), dtype.numpy()), dtype=dtype), "zero", like=value)
@@ -283,9 +289,11 @@ def _outputs(
     """Inputs and what a model answers to them; its session and its files are gone afterwards."""
     folder.mkdir()
     try:
-        session = _open(_file(model, folder, limited), name, limited)
-        inputs = choose(session)
-        return inputs, [run(session, given) for given in inputs]
+        path = _file(model, folder, limited)
+        session = _open(path, name, limited)
+        with released(path.parent) if limited else nullcontext():
+            inputs = choose(session)
+            return inputs, [run(session, given) for given in inputs]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -301,7 +309,7 @@ def _file(model: ir.Model | Path, folder: Path, limited: bool) -> Path:
 
 def _open(path: Path, name: str, limited: bool) -> Session:
     try:
-        # as written: the optimiser fuses some quantised products into coarser kernels, in one model and not in the other
+        # as written: the optimiser fuses some quantised products into coarser kernels in one model and not in the other
         return open_session(path, optimize=False, arena=not limited, repack=not limited)
     except RuntimeFailure as error:
         cause = str(error).rpartition("]: ")[2] or str(error)

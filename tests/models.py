@@ -1,4 +1,4 @@
-"""Small models of the usual architectures, built without any framework: what a clone without recorded models tests on."""
+"""Small models of the usual architectures, built without any framework: enough to test a fresh clone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Model = onnx.ModelProto
 
 
 def residual_cnn() -> Model:
-    """Residual blocks with BatchNormalization, a depthwise block, a squeeze-excite gate, a concatenation, a Gemm head."""
+    """Residual blocks with BatchNormalization, a depthwise block, squeeze-excite, a concatenation, a Gemm head."""
     net = Net(opset=13)
     x = net.conv(net.input("image", "n", 3, 12, 12), "stem", 3, 32, norm=True, bias=False)
     y = net.conv(x, "block.conv1", 32, 32, norm=True, bias=False)
@@ -111,12 +111,16 @@ def vit_split() -> Model:
     """Patch convolution, class token, fused qkv cut with Split, GELU, head on the class token."""
     net, c, h = Net(opset=17), 32, 4
     x = net.input("image", "n", 3, 8, 8)
-    x = net("Conv", x, net.weight("patch.weight", c, 3, 4, 4), net.weight("patch.bias", c), name="patch", strides=[4, 4])
+    x = net(
+        "Conv", x, net.weight("patch.weight", c, 3, 4, 4), net.weight("patch.bias", c), name="patch", strides=[4, 4]
+    )
     x = net("Transpose", net.reshape(x, 0, c, -1), perm=[0, 2, 1])
     batch = net("Slice", net("Shape", x), net.value("zero", [0]), net.value("first", [1]))
     shape = net("Concat", batch, net.value("tail", [-1, -1]), axis=0)
     shape = net("Where", net("Equal", shape, net.value("minus", [-1])), net.value("ones3", [1, 1, 1]), shape)
-    x = net("Add", net("Concat", net("Expand", net.weight("token", 1, 1, c), shape), x, axis=1), net.weight("pos", 1, 5, c))
+    x = net(
+        "Add", net("Concat", net("Expand", net.weight("token", 1, 1, c), shape), x, axis=1), net.weight("pos", 1, 5, c)
+    )
     y = net.layer_norm(x, "norm1", c)
     q, k, v = net("Split", net.linear(y, "qkv", c, 3 * c), net.value("thirds", [c, c, c]), outputs=3, axis=-1)
     q, k, v = (net.reshape(part, 0, 0, h, c // h) for part in (q, k, v))
@@ -155,7 +159,9 @@ def _rms_norm(net: Net, x: str, name: str, c: int) -> str:
 def _rotate_half(net: Net, x: str, d: int, axis: int = 3) -> str:
     """RoPE with cosine and sine tables that queries and keys share."""
     angles = np.outer(np.arange(6), 1.0 / 100 ** (np.arange(d // 2) / (d // 2)))
-    tables = [net.value(f, g(np.concatenate([angles, angles], 1))[None, None]) for f, g in (("cos", np.cos), ("sin", np.sin))]
+    tables = [
+        net.value(f, g(np.concatenate([angles, angles], 1))[None, None]) for f, g in (("cos", np.cos), ("sin", np.sin))
+    ]
     zero, half, end, axes = (net.value(f"at{k}", [k]) for k in (0, d // 2, 1 << 40, axis))
     low, high = net("Slice", x, zero, half, axes), net("Slice", x, half, end, axes)
     turned = net("Concat", net("Neg", high), low, axis=axis)
@@ -163,7 +169,7 @@ def _rotate_half(net: Net, x: str, d: int, axis: int = 3) -> str:
 
 
 def decoder() -> Model:
-    """LLaMA block: grouped-query attention (6 heads on 2 key-value heads), rotate-half RoPE, SwiGLU, decomposed RMSNorm."""
+    """LLaMA block: grouped-query attention (6 heads on 2), rotate-half RoPE, SwiGLU, decomposed RMSNorm."""
     net, c, heads, kv, d, t = Net(opset=17), 48, 6, 2, 8, 6
     x = net("Gather", net.weight("embedding", 24, c), net.input("ids", "n", t, dtype=np.int64), name="embed")
     y = _rms_norm(net, x, "norm1", c)
@@ -172,7 +178,9 @@ def decoder() -> Model:
     k, v = (net("Transpose", net.reshape(z, 0, 0, kv, d), perm=[0, 2, 1, 3]) for z in (k, v))
     q, k = _rotate_half(net, q, d), _rotate_half(net, k, d)
     spread = net.value("spread", [1, kv, heads // kv, t, d])
-    k, v = (net.reshape(net("Expand", net("Unsqueeze", z, net.value("at2", [2])), spread), 0, heads, t, d) for z in (k, v))
+    k, v = (
+        net.reshape(net("Expand", net("Unsqueeze", z, net.value("at2", [2])), spread), 0, heads, t, d) for z in (k, v)
+    )
     y = _attend(net, q, net("Transpose", k, perm=[0, 1, 3, 2]), v, d**-0.5)
     y = net.reshape(net("Transpose", y, perm=[0, 2, 1, 3]), 0, t, heads * d)
     x = net("Add", x, net.linear(y, "o", heads * d, c, bias=False))

@@ -1,4 +1,4 @@
-"""Small models with the oddities of real files: merged and computed weights, computed shapes, control flow, old formats."""
+"""Small models with the oddities of real files: shared and computed weights, shapes, control flow, formats."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def one_zero_bias() -> Model:
     """An exporter merged equal initializers: one zero bias in unrelated layers, one scale in two norms."""
     net, c = Net(opset=17), 24
     bias, ones = net.value("zeros24", np.zeros(c)), net.value("ones24", np.ones(c))
-    x = net("Conv", net.input("image", "n", 3, 6, 6), net.weight("c1.weight", c, 3, 3, 3), bias, name="c1", pads=[1] * 4)
+    x = net(
+        "Conv", net.input("image", "n", 3, 6, 6), net.weight("c1.weight", c, 3, 3, 3), bias, name="c1", pads=[1] * 4
+    )
     x = net("Conv", net("Relu", x), net.weight("c2.weight", c, c, 3, 3), bias, name="c2", pads=[1] * 4)
     x = net("Flatten", net("GlobalAveragePool", net("Relu", x)))
     x = net("Gemm", x, net.weight("fc1.weight", c, c), bias, name="fc1")
@@ -37,7 +39,9 @@ def behind() -> Model:
     half = net("Cast", net.weight("w2", c, c, dtype=np.float16), to=TensorProto.FLOAT)
     x = net("Relu", net("MatMul", x, net("Identity", half), name="fc2"))
     weight = net("Mul", net.weight("w3.v", c, c), net.positive("w3.g", 1, c))
-    x = net("Add", net("MatMul", x, weight, name="fc3"), net("Reshape", net.weight("b3", 1, c), net.value("flat", [-1])))
+    x = net(
+        "Add", net("MatMul", x, weight, name="fc3"), net("Reshape", net.weight("b3", 1, c), net.value("flat", [-1]))
+    )
     rng = np.random.default_rng(5)
     value = numpy_helper.from_array(rng.normal(0, 0.2, (c, 16)).astype(np.float32), "w4")
     x = net("MatMul", net("Relu", x), net("Constant", name="w4", value=value), name="fc4")
@@ -79,7 +83,7 @@ def _joined(net: Net, *parts: str | int) -> str:
 
 
 def computed_scale() -> Model:
-    """Attention whose 1/sqrt(size) and whose shapes are computed from Shape: removing dims must not change the scale."""
+    """Attention whose 1/sqrt(size) and whose shapes are computed from Shape: cuts must not change it."""
     net, c, h = Net(opset=14), 32, 4
     x = net.input("x", "n", "t", 12)
     q, k, v = (net.linear(x, name, 12, c) for name in "qkv")
@@ -101,7 +105,9 @@ def computed_shapes() -> Model:
     """Reshape to whole Shape vectors, to slices of them, and to products of their entries; Size; ConstantOfShape."""
     net, c = Net(opset=13), 24
     x = net.conv(net.input("image", "n", 3, 6, 6), "c1", 3, c)
-    flat = net("Reshape", x, _joined(net, _dim(net, x, 0), _dim(net, x, 1), net("Mul", _dim(net, x, 2), _dim(net, x, 3))))
+    flat = net(
+        "Reshape", x, _joined(net, _dim(net, x, 0), _dim(net, x, 1), net("Mul", _dim(net, x, 2), _dim(net, x, 3)))
+    )
     x = net("Reshape", net("Relu", flat), net("Shape", x))
     y = net("Add", x, net("ConstantOfShape", net("Shape", x), value=helper.make_tensor("v", 1, [1], [0.5])))
     y = net.conv(y, "c2", c, c)
@@ -110,7 +116,9 @@ def computed_shapes() -> Model:
     y = net("Div", y, net("Sqrt", count))
     spatial = net("Slice", net("Shape", y), net.value("from2", [2]), net.value("to4", [4]))
     small = net.conv(net("MaxPool", y, kernel_shape=[2, 2], strides=[2, 2]), "c3", c, 16)
-    shape = net("Concat", net("Slice", net("Shape", small), net.value("from0", [0]), net.value("to2", [2])), spatial, axis=0)
+    shape = net(
+        "Concat", net("Slice", net("Shape", small), net.value("from0", [0]), net.value("to2", [2])), spatial, axis=0
+    )
     big = net("Resize", small, "", "", shape, mode="nearest")
     big = net("Flatten", net("GlobalAveragePool", big))
     net.named(net.gemm(big, "head", 16, 4), "y")
@@ -147,7 +155,11 @@ def loop() -> Model:
     net.weight("wide.weight", 32, 48)
     net.weight("back.weight", 48, 32)
     body = Net(17, prefix="body.")
-    body.inputs = [_info("step", kind=TensorProto.INT64), _info("go_in", kind=TensorProto.BOOL), _info("state", "n", 32)]
+    body.inputs = [
+        _info("step", kind=TensorProto.INT64),
+        _info("go_in", kind=TensorProto.BOOL),
+        _info("state", "n", 32),
+    ]
     y = body("MatMul", body("Relu", body("MatMul", "state", "wide.weight", name="wide")), "back.weight", name="back")
     body.named(body("Tanh", body("Add", "state", y)), "state_out")
     body("Identity", "go_in", name="go")
@@ -216,7 +228,10 @@ def _quantised(net: Net, name: str, c_out: int, c_in: int, kernel: int) -> tuple
     scale = net.value(f"{name}.scale", rng.uniform(0.5, 1.5, c_out) / 127 / np.sqrt(c_in * kernel), np.float32)
     zero = net.value(f"{name}.zero", np.zeros(c_out), np.int8)
     bias = net.value(f"{name}.bias_q", rng.integers(-30, 30, c_out), np.int32)
-    bias_scale, bias_zero = net.value(f"{name}.bias_scale", np.full(c_out, 0.01)), net.value(f"{name}.bias_zero", np.zeros(c_out), np.int32)
+    bias_scale, bias_zero = (
+        net.value(f"{name}.bias_scale", np.full(c_out, 0.01)),
+        net.value(f"{name}.bias_zero", np.zeros(c_out), np.int32),
+    )
     return (
         net("DequantizeLinear", weight, scale, zero, axis=0),
         net("DequantizeLinear", bias, bias_scale, bias_zero, axis=0),
@@ -242,7 +257,7 @@ def qdq() -> Model:
 
 
 def four_bits() -> Model:
-    """MatMulNBits: 4-bit blocks of 16 along the contracted axis, with scales, and with packed zero points in one layer."""
+    """MatMulNBits: 4-bit blocks of 16 along the contracted axis, with scales; some with packed zero points."""
     net, block = Net(opset=17), 16
     net.domains["com.microsoft"] = 1
 

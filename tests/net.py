@@ -52,7 +52,9 @@ class Net:
         rng = np.random.default_rng(zlib.crc32(name.encode()))
         return self.value(name, rng.uniform(0.5, 1.5, shape))
 
-    def __call__(self, op: str, *inputs: str, name: str = "", outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
+    def __call__(
+        self, op: str, *inputs: str, name: str = "", outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> Any:
         """Append a node; returns the name of its output, or a tuple of names."""
         self.count += 1
         name = self.prefix + (name or f"{op.lower()}{self.count}")

@@ -21,7 +21,7 @@ Array = NDArray[Any]
 COSTLY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "MatMulNBits"}
 """What `macs` can count."""
 UNCOUNTED = {"Attention", "MultiHeadAttention", "GroupQueryAttention", "RNN", "Einsum", "QLinearConv", "QLinearMatMul",
-             "MatMulInteger", "ConvInteger", "If", "Loop", "Scan", "FusedConv", "FusedMatMul", "DeformConv"}  # fmt: skip
+             "MatMulInteger", "ConvInteger", "If", "Loop", "Scan", "FusedConv", "FusedMatMul"}  # fmt: skip
 """Costly as well, but not counted here."""
 
 
@@ -84,8 +84,10 @@ def zeroed(model: onnx.ModelProto, plan: Mapping[str, Any]) -> onnx.ModelProto:
         tensors.update({tensor.name: tensor for tensor in graph.initializer})
         for node in graph.node:
             if node.op_type == "Constant":
-                tensors.update({node.output[0]: a.t for a in node.attribute if a.name == "value"})
-    original = {name: numpy_helper.to_array(tensors[name]).copy() for name in {r["initializer"] for r in plan["removed"]}}
+                tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+    original = {
+        name: numpy_helper.to_array(tensors[name]).copy() for name in {r["initializer"] for r in plan["removed"]}
+    }
     everywhere = {name: array.copy() for name, array in original.items()}
     single: dict[tuple[str, str, int], list[tuple[int, list[int]]]] = {}
     for removal in plan["removed"]:

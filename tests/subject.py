@@ -26,8 +26,9 @@ Array = NDArray[Any]
 IR_VERSION = 10
 OPSET = 21
 TYPES: dict[str, Any] = {
-    "f": np.float32, "p": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f64": np.float64,
-    "u8": np.uint8, "i8": np.int8, "u16": np.uint16, "i16": np.int16, "u32": np.uint32, "i32": np.int32, "i64": np.int64, "u64": np.uint64, "bool": np.bool_,
+    "f": np.float32, "p": np.float32, "h": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "f64": np.float64,
+    "u8": np.uint8, "i8": np.int8, "u16": np.uint16, "i16": np.int16, "u32": np.uint32, "i32": np.int32,
+    "i64": np.int64, "u64": np.uint64, "bool": np.bool_,
 }  # fmt: skip
 _TOKEN = re.compile(r"(!)?(?:(\w+?)(?:<(\d+))?:)?(\[.*\]|\{.*\}|\d+(?:x\d+)*|\(\))")
 
@@ -52,8 +53,9 @@ class Case:
     op: str
     """Operator, or `domain::Operator`."""
     operands: str
-    """Blank-separated: `2x3x4` random floats, `p:3` between 1.1 and 2, `f<1:3` between -0.9 and 0.9, `i64<5:2` integers below 5, `u8:2x3`, `bool:4`;
-    `[1,2]` and `{3}` constants of rank 1 and 0; `()` a scalar; `-` absent; a leading `!` makes an initializer."""
+    """Blank-separated: `2x3x4` random floats, `p:3` between 1.1 and 2, `f<1:3` between -0.9 and 0.9, `h:3` with a few
+    that are much larger, `i64<5:2` integers below 5, `u8:2x3`, `bool:4`; `[1,2]` and `{3}` constants of rank 1 and 0;
+    `()` a scalar; `-` absent; a leading `!` makes an initializer."""
     free: str
     """Dimensions with free positions, per input, then `>`, then per output: `01 0 > 1`; `-` for none."""
     opset: int = OPSET
@@ -188,12 +190,14 @@ def _operand(token: str, rng: np.random.Generator) -> tuple[Array, bool]:
     dtype = np.dtype(TYPES[kind or "f"])
     if kind == "p":
         array = rng.uniform(1.1, 2.0, shape)
+    elif kind == "h":
+        array = rng.standard_normal(shape) ** 5
     elif dtype.kind == "b":
         array = rng.random(shape) < 0.5
     elif dtype.kind in "iu":
-        low, high = (
-            (0, int(below)) if below else (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.itemsize == 1 else (0, 9)
-        )
+        low, high = (0, int(below or 9))
+        if dtype.itemsize == 1 and not below:
+            low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
         array = rng.integers(low, high, shape)
     else:
         array = rng.uniform(-0.9, 0.9, shape) if below == "1" else rng.standard_normal(shape)

@@ -65,7 +65,9 @@ def test_every_module_has_a_layer() -> None:
     assert found == set(LEVEL)
 
 
-@pytest.mark.parametrize("path", [p for p in sources("spa") if p != ROOT / "spa" / "__init__.py"], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in sources("spa") if p != ROOT / "spa" / "__init__.py"], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_imports_go_downward(path: Path) -> None:
     mine = component(path)
     for module in imported(path) - {"spa"}:

@@ -17,6 +17,7 @@ from spa.criteria import CRITERIA, NORMALISATIONS, normalise
 from spa.evidence import Evidence
 from spa.groups import Analysis, Group
 from tests.models import BUILT
+from tests.net import Net
 
 POWER = {"l1": 1, "l2": 2}
 
@@ -112,16 +113,30 @@ def test_four_bit_weights_count_with_their_scales() -> None:
 
 def test_indices_are_no_weights() -> None:
     """Integer tables that are as long as a layer is wide must not be taken for its weights."""
-    for name in BUILT:
-        analysis = spa.analyze(BUILT[name].build())
-        evidence = Evidence(analysis)
-        for group in analysis.groups:
-            for criterion in CRITERIA.values():
-                scores = criterion.score(group, evidence, "mean")
-                assert scores.shape == (group.units,)
-                assert scores.dtype == np.float64
-                assert np.isfinite(scores).all()
-                assert (scores >= 0).all()
+    net = Net()
+    y = net.linear(net.input("x", "n", 4), "a", 4, 16)
+    y = net("GatherElements", y, net.value("table", np.arange(32).reshape(2, 16) % 2), axis=0)
+    net.named(net.linear(y, "b", 16, 3), "y")
+    model = net.model(y=(2, 3))
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    analysis = spa.analyze(model)
+    (group,) = analysis.groups
+    assert "table" in {m.tensor for m in group.members}
+    expected = (norms(weights["a.weight"], 1, 2) + norms(weights["b.weight"], 0, 2)) / 2
+    np.testing.assert_allclose(score(analysis, group.name, "l2"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", list(BUILT))
+def test_every_group_can_be_scored(name: str) -> None:
+    analysis = spa.analyze(BUILT[name].build())
+    evidence = Evidence(analysis)
+    for group in analysis.groups:
+        for criterion in CRITERIA.values():
+            scores = criterion.score(group, evidence, "mean")
+            assert scores.shape == (group.units,)
+            assert scores.dtype == np.float64
+            assert np.isfinite(scores).all()
+            assert (scores >= 0).all()
 
 
 def test_bn_scale() -> None:
@@ -165,7 +180,9 @@ def test_random_is_the_same_everywhere() -> None:
 
 def _groups(analysis: Analysis) -> tuple[list[Group], dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
-    return list(analysis.groups), {g.name: rng.gamma(2.0, size=g.units) * 10.0 ** rng.integers(-3, 3) for g in analysis.groups}
+    return list(analysis.groups), {
+        g.name: rng.gamma(2.0, size=g.units) * 10.0 ** rng.integers(-3, 3) for g in analysis.groups
+    }
 
 
 def test_formulas() -> None:
@@ -209,8 +226,6 @@ def test_isomorphic_buckets() -> None:
 
 def _twice() -> onnx.ModelProto:
     """Two MLP blocks of one structure in a row."""
-    from tests.net import Net
-
     net = Net()
     x = net.input("x", "n", 8)
     for k in range(2):

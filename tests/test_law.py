@@ -30,7 +30,9 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_every_rule_version_has_a_case() -> None:
-    tested = {(c.domain, c.operator, id(rules.lookup(c.domain, c.operator, c.opset if not c.domain else 1))) for c in CASES}
+    tested = {
+        (c.domain, c.operator, id(rules.lookup(c.domain, c.operator, c.opset if not c.domain else 1))) for c in CASES
+    }
     missing = [
         f"{op} since {since}"
         for (domain, op), versions in rules.table().items()
@@ -47,4 +49,14 @@ def test_cases_are_distinct() -> None:
 def test_cases_run_where_users_run_them() -> None:
     """Only kernels that ONNX Runtime lacks on CPU go through ONNX's own interpreter."""
     elsewhere = {c.operator for c in CASES if c.engine == "reference"}
-    assert elsewhere <= {"BiasAdd", "FusedGemm", "GemmFastGelu", "LSTM", "GRU", "RNN", "ReduceSum", "CumProd", "ReduceLogSumExp"}
+    assert elsewhere <= {
+        "BiasAdd",
+        "FusedGemm",
+        "GemmFastGelu",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "ReduceSum",
+        "CumProd",
+        "ReduceLogSumExp",
+    }

@@ -25,7 +25,28 @@ from tests.subject import FLOAT16, FLOAT32, IR_VERSION, QUANTISED, TYPES, Array,
 NEWEST = 26
 """ONNX Runtime 1.31 loads no newer opset."""
 PARAMETERS = frozenset(
-    ["shape", "axes", "axis", "starts", "ends", "steps", "pads", "repeats", "sizes", "scales", "roi", "k", "split", "indices", "depth", "target_shape", "max_output_boxes_per_class", "output_shape", "num_outputs", "sequence_lens"]
+    [
+        "shape",
+        "axes",
+        "axis",
+        "starts",
+        "ends",
+        "steps",
+        "pads",
+        "repeats",
+        "sizes",
+        "scales",
+        "roi",
+        "k",
+        "split",
+        "indices",
+        "depth",
+        "target_shape",
+        "max_output_boxes_per_class",
+        "output_shape",
+        "num_outputs",
+        "sequence_lens",
+    ]
 )
 """Operands that real graphs hold as constants."""
 _FLOAT8 = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz, ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2fnuz)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spa
@@ -20,9 +20,9 @@ from tests.models import BUILT
 
 TEXT = st.text(min_size=1, max_size=12)
 INDICES = st.lists(st.integers(0, 10**6), min_size=1, max_size=5, unique=True).map(lambda x: tuple(sorted(x)))
+CONSUMERS = st.builds(Consumer, TEXT, st.integers(0, 9))
 REMOVALS = st.builds(
-    Removal, TEXT, st.none() | st.lists(st.builds(Consumer, TEXT, st.integers(0, 9)), min_size=1, max_size=3).map(tuple),
-    st.integers(0, 5), INDICES,
+    Removal, TEXT, st.none() | st.lists(CONSUMERS, min_size=1, max_size=3).map(tuple), st.integers(0, 5), INDICES,
 )  # fmt: skip
 PLANS = st.builds(
     Plan, st.text("0123456789abcdef", min_size=64, max_size=64), st.lists(REMOVALS, max_size=4).map(tuple),
@@ -31,6 +31,7 @@ PLANS = st.builds(
 )  # fmt: skip
 
 
+@settings(max_examples=40)
 @given(PLANS)
 def test_round_trip(plan: Plan) -> None:
     assert Plan.from_json(plan.to_json()) == plan
@@ -55,7 +56,9 @@ def test_what_stands_in_it(plan: Plan) -> None:
     assert {r["initializer"] for r in shared} == {"zeros24"}
     assert all(list(use) == ["output", "input"] for r in shared for use in r["consumers"])
     assert body["settings"]["targets"] == ["macs=0.6"]
-    assert {"criterion", "aggregation", "normalisation", "allocation", "scope", "seed", "align"} <= set(body["settings"])
+    assert {"criterion", "aggregation", "normalisation", "allocation", "scope", "seed", "align"} <= set(
+        body["settings"]
+    )
     assert all(list(g) == ["name", "kind", "units", "removed", "exact"] for g in body["groups"])
 
 
@@ -65,7 +68,9 @@ def test_plans_and_masks_are_inverse(name: str) -> None:
     analysis = analyze(BUILT[name].build())
     rng = np.random.default_rng(2)
     for _ in range(4):
-        chosen = [(g, rng.choice(g.units, int(rng.integers(0, g.units)), replace=False).tolist()) for g in analysis.groups]
+        chosen = [
+            (g, rng.choice(g.units, int(rng.integers(0, g.units)), replace=False).tolist()) for g in analysis.groups
+        ]
         kept = kept_without(analysis, chosen)
         plan = Plan("", removals(analysis, kept))
         assert (kept_by(analysis, plan, "plan") == kept).all()

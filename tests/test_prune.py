@@ -219,7 +219,9 @@ def test_again(name: str, tmp_path: Path) -> None:
     for step in range(3):
         output = tmp_path / f"step{step}.onnx"
         try:
-            result = spa.prune(model, target="macs=0.85", scope="all", align=1, dims=dims, output=output, check=built.runtime)
+            result = spa.prune(
+                model, target="macs=0.85", scope="all", align=1, dims=dims, output=output, check=built.runtime
+            )
         except spa.TargetError:
             assert step
             break

@@ -115,7 +115,9 @@ def test_global_ranks_across_groups() -> None:
     chosen = select(analysis, analysis.groups, {first.name: low, second.name: high}, parse_targets("macs=0.7"), align=1)
     assert set(removed(chosen)) == {first.name}
     assert removed(chosen)[first.name] == tuple(range(len(removed(chosen)[first.name])))
-    other = select(analysis, analysis.groups, {first.name: 7 * low, second.name: 7 * high}, parse_targets("macs=0.7"), align=1)
+    other = select(
+        analysis, analysis.groups, {first.name: 7 * low, second.name: 7 * high}, parse_targets("macs=0.7"), align=1
+    )
     assert removed(other) == removed(chosen)
 
 
@@ -200,7 +202,10 @@ def test_error_names_a_reachable_point(name: str, target: str, scope: str) -> No
     assert [metric for metric, _, _ in best] == [t.metric for t in parse_targets(target)]
     assert "try --scope all, a smaller --align or --min-keep" in text
     assert re.search(r"; .*\w axis \d \(", text), "what freezes the rest"
-    for point in ([f"{metric}={value}" for metric, value, _ in best], [f"{metric}={share}" for metric, _, share in best]):
+    for point in (
+        [f"{metric}={value}" for metric, value, _ in best],
+        [f"{metric}={share}" for metric, _, share in best],
+    ):
         if name == "one_zero_bias" and "params" in target:
             continue  # the bias is written several times then: the message is off by these copies
         report = spa.prune(model, target=point, scope=scope, check=False).report
@@ -208,9 +213,11 @@ def test_error_names_a_reachable_point(name: str, target: str, scope: str) -> No
 
 
 def test_error_names_the_reason() -> None:
-    with pytest.raises(spa.TargetError, match=r"c2\.weight axis 0 \(no rule for operator org\.example\.custom::Mystery"):
+    with pytest.raises(
+        spa.TargetError, match=r"c2\.weight axis 0 \(no rule for operator org\.example\.custom::Mystery"
+    ):
         spa.prune(BUILT["custom"].build(), target="params=0.01", check=False)
     with pytest.raises(spa.TargetError, match=r"--kinds and --ignore leave none of its 2 groups"):
         spa.prune(BUILT["two_layers"].build(), target="macs=0.5", ignore=["*"])
-    with pytest.raises(spa.TargetError, match=r"macs=0.1 cannot be reached: the best is macs=\S+ \(0.3"):
+    with pytest.raises(spa.TargetError, match=r"macs=0.1 cannot be reached: the best is macs=\S+ \(0\.2"):
         spa.prune(BUILT["two_layers"].build(), target="macs=0.1", ignore=["fc1*"])

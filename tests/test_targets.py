@@ -40,8 +40,8 @@ def test_reading(text: str, metric: str, limit: float, relative: bool) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "macs", "macs=", "=0.5", "0.5", "flops=0.5", "macs=0", "macs=0%", "macs=-1", "macs=101%", "macs=0.5x", "macs=nan",
-     "macs=inf", "macs=1e", "macs==0.5", "macs=0.5=0.6", "macs=five", "macs=0.5 %%"],
+    ["", "macs", "macs=", "=0.5", "0.5", "flops=0.5", "macs=0", "macs=0%", "macs=-1", "macs=101%", "macs=0.5x",
+     "macs=nan", "macs=inf", "macs=1e", "macs==0.5", "macs=0.5=0.6", "macs=five", "macs=0.5 %%"],
 )  # fmt: skip
 def test_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"target"):

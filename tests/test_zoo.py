@@ -33,12 +33,20 @@ EXPLAINED = {
 """Models of which less than 95 % of the parameters can leave, and what is frozen there."""
 
 EXPLAINED_TRAINED = {
-    "minilm_l6_v2_sentence": "the sentence embedding is the mean of the hidden state: the word embedding's width is an output",
+    "minilm_l6_v2_sentence": "the sentence embedding is the mean of the hidden state, so its width is an output",
     "silero_vad_16k_op15": "the Fourier basis of the input, and an LSTM whose state is a graph input and output",
     "ultraface_rfb320": "the prior boxes are constants of the size of the graph output",
 }
-QUICK = ["resnet20_cifar10_bn", "vit_small_cifar10_qkv_fused", "stories260K_rotate_half_dynamo", "squeezenet1.1_imagenet",
-         "mobilenetv2_1.0_224_imagenet", "mnist_cntk", "silero_vad_16k_op15", "yunet_n_dynamic"]  # fmt: skip
+QUICK = [
+    "resnet20_cifar10_bn",
+    "vit_small_cifar10_qkv_fused",
+    "stories260K_rotate_half_dynamo",
+    "squeezenet1.1_imagenet",
+    "mobilenetv2_1.0_224_imagenet",
+    "mnist_cntk",
+    "silero_vad_16k_op15",
+    "yunet_n_dynamic",
+]
 
 
 def _parameters(models: list[Recorded]) -> list[object]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 
+from spa.cost import counts_as_parameter
 from spa.criteria.base import Criterion
 from spa.evidence import Evidence, Vector
 from spa.groups import Group, Member
@@ -21,7 +22,8 @@ def _random(group: Group, evidence: Evidence) -> Sequence[Vector]:
 
 def _norm(group: Group, evidence: Evidence, power: Literal[1, 2]) -> Sequence[Vector]:
     """Per weight matrix (biases and scales only where a group has nothing else), the norm of each unit's slice."""
-    weights = [m for m in group.members if m.rank >= 2]
+    tensors = evidence.analysis.coupling.weights
+    weights = [m for m in group.members if m.rank >= 2 and counts_as_parameter(tensors[m.value])]
     chosen: Sequence[Member] = weights or group.members
     rows = [evidence.per_unit(group, m, evidence.power_sums(m, power)) for m in chosen]
     return rows if power == 1 else [np.sqrt(row) for row in rows]

@@ -11,10 +11,10 @@ from spa.rules.notation import Einsum
 MS = "com.microsoft"
 ROLES = {"h": "kv-head", "r": "head", "d": "qk-dim", "e": "v-dim"}
 
+
 def _values(slots: tuple[int, ...]) -> Zero:
     """The output is zero where the values, past and present, and their bias are."""
     return Zero(all_of=slots, outputs=(0, 2))
-
 
 
 def _tokens(op: Op, bound: dict[str, Axis]) -> None:
@@ -71,7 +71,11 @@ def _attention(op: Op) -> None:
     _bind(op, text, {"h": kv, "r": heads // kv}, 4)
 
 
-register("Attention", Rule(_attention, "b s (h r d), b t (h d), b t (h e) -> b s (h r e), and 4-D", _values((2, 5))), since=23)
+register(
+    "Attention",
+    Rule(_attention, "b s (h r d), b t (h d), b t (h e) -> b s (h r e), and 4-D", _values((2, 5))),
+    since=23,
+)
 
 
 def _packed_attention(op: Op) -> None:
@@ -120,7 +124,9 @@ def _packed_attention(op: Op) -> None:
 
 
 register(
-    "Attention", Rule(_packed_attention, "b s c, c ((h d) (h d) (h e)) -> b s (h e)", Zero(any_of=(1,), all_of=(2,))), domain=MS
+    "Attention",
+    Rule(_packed_attention, "b s c, c ((h d) (h d) (h e)) -> b s (h e)", Zero(any_of=(1,), all_of=(2,))),
+    domain=MS,
 )
 
 
@@ -148,7 +154,11 @@ def _multi_head(op: Op) -> None:
         op.pin("scale", 1.0 / math.sqrt(head_dim), bound["d"])
 
 
-register("MultiHeadAttention", Rule(_multi_head, "b s (h d), b t (h d), b t (h e) -> b s (h e)", _values((2, 3, 7))), domain=MS)
+register(
+    "MultiHeadAttention",
+    Rule(_multi_head, "b s (h d), b t (h d), b t (h e) -> b s (h e)", _values((2, 3, 7))),
+    domain=MS,
+)
 
 
 def _group_query(op: Op) -> None:
@@ -170,7 +180,11 @@ def _group_query(op: Op) -> None:
     op.freeze(head_dim, "GroupQueryAttention needs whole heads")
 
 
-register("GroupQueryAttention", Rule(_group_query, "b s (h r d), b t (h d), b t (h d) -> b s (h r d)", _values((2, 4))), domain=MS)
+register(
+    "GroupQueryAttention",
+    Rule(_group_query, "b s (h r d), b t (h d), b t (h d) -> b s (h r d)", _values((2, 4))),
+    domain=MS,
+)
 
 _ROTARY_TEXT = {
     (4, 0): "b h s (2 k), {} -> b h s (2 k)",

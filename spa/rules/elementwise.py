@@ -42,14 +42,29 @@ def _clipped(op: Op) -> Zero:
     """Zero stays zero where it lies between the limits."""
     for slot, name, sign in ((1, "min", 1), (2, "max", -1)):
         operand = op.input(slot)
-        limit = op.attr(name, 0.0) if operand is None else None if operand.const is None else operand.const.reshape(-1)[0]
+        limit = (
+            op.attr(name, 0.0) if operand is None else None if operand.const is None else operand.const.reshape(-1)[0]
+        )
         if limit is None or limit * sign > 0:
             return NEVER
     return FACTOR
 
 
 register("Clip", Rule(einsum("..., ~, ~ -> ...").apply, "..., ~, ~ -> ...", _clipped))
-register("CastLike", _pointwise("..., ~ -> ...", FACTOR))
+
+
+def _cast_like(op: Op) -> None:
+    """The second operand lends its type only."""
+    x, like, y = op.input(0), op.input(1), op.output()
+    if x is None or y is None:
+        op.freeze_all("CastLike of a tensor of unknown rank")
+        return
+    for a, b in zip(x.dims, y.dims, strict=True):
+        op.axes.same(a, b)
+    op.axes.mentioned.update(like.dims if like is not None else ())
+
+
+register("CastLike", Rule(_cast_like, "... -> ..., the second operand is free", FACTOR))
 
 register("Add Sub", _pointwise(BINARY, Zero(all_of=(0, 1))))
 register("Mul And BitwiseAnd", _pointwise(BINARY, Zero(any_of=(0, 1))))

@@ -19,7 +19,9 @@ CONV = einsum(
 register("Conv", CONV)
 register(
     "ConvTranspose",
-    einsum("b (g i) ~, (g i) o ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~0", roles=_CHANNEL, sizes=_GROUPS),
+    einsum(
+        "b (g i) ~, (g i) o ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~0", roles=_CHANNEL, sizes=_GROUPS
+    ),
 )
 register(
     "ConvInteger",
@@ -129,7 +131,9 @@ def _dynamic_quantize_matmul(op: Op) -> None:
 
 register(
     "DynamicQuantizeMatMul",
-    Rule(_dynamic_quantize_matmul, "... m k, k n, n, n, n -> ... m n", Zero(any_of=(0, 1, 2), all_of=(4,)), points={1: 3}),
+    Rule(
+        _dynamic_quantize_matmul, "... m k, k n, n, n, n -> ... m n", Zero(any_of=(0, 1, 2), all_of=(4,)), points={1: 3}
+    ),
     domain="com.microsoft",
 )
 
@@ -144,7 +148,11 @@ def _fused_matmul(op: Op) -> None:
         Einsum(text, macs="... m k n", roles=_roles(op))(op)
 
 
-register("FusedMatMul", Rule(_fused_matmul, "... m k, ... k n -> ... m n, with transA, transB", WEIGHTED), domain="com.microsoft")
+register(
+    "FusedMatMul",
+    Rule(_fused_matmul, "... m k, ... k n -> ... m n, with transA, transB", WEIGHTED),
+    domain="com.microsoft",
+)
 
 
 def _gemm(op: Op) -> None:
@@ -184,4 +192,8 @@ def _einsum(op: Op) -> None:
     Einsum(text, macs=f"... {names}" if "..." in left else names, roles=roles)(op)
 
 
-register("Einsum", Rule(_einsum, "its own equation", Zero(any_of=(0, 1))))
+def _any_factor(op: Op) -> Zero:
+    return Zero(any_of=tuple(range(len(op.inputs))))
+
+
+register("Einsum", Rule(_einsum, "its own equation", _any_factor))

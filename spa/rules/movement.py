@@ -112,7 +112,13 @@ def _slice(op: Op) -> None:
 
 
 def _slice_axis(
-    op: Op, x: Operand, y: Operand, d: int, k: int, bounds: tuple[int | None, int | None, int | None] | None, alone: bool
+    op: Op,
+    x: Operand,
+    y: Operand,
+    d: int,
+    k: int,
+    bounds: tuple[int | None, int | None, int | None] | None,
+    alone: bool,
 ) -> None:
     size = x.shape[d]
     if bounds is None or not isinstance(size, int) or None in bounds:
@@ -224,7 +230,14 @@ def _gather_nd(op: Op) -> None:
     depth = int(index.shape[-1])  # type: ignore[arg-type]  # static, checked above
     op.freeze(index.dims[-1], "GatherND reads coordinates")
     positions, size = op.ints(1), x.shape[0]
-    if not batch and depth == 1 and len(index.dims) == 2 and positions and None not in positions and isinstance(size, int):
+    if (
+        not batch
+        and depth == 1
+        and len(index.dims) == 2
+        and positions
+        and None not in positions
+        and isinstance(size, int)
+    ):
         # x[idx]: constant positions along the first axis, as in Gather
         op.axes.same(index.dims[0], y.dims[0])
         _taken(op, x.dims[0], y.dims[0], size, positions)
@@ -243,7 +256,9 @@ def _gather_nd(op: Op) -> None:
         op.axes.same(index.dims[d], y.dims[d])
 
 
-register("GatherND", Rule(_gather_nd, "looked-up axes are frozen, trailing axes pass; as Gather for x[constant]", FACTOR))
+register(
+    "GatherND", Rule(_gather_nd, "looked-up axes are frozen, trailing axes pass; as Gather for x[constant]", FACTOR)
+)
 
 
 def _scatter_nd(op: Op) -> None:
@@ -423,4 +438,7 @@ def _resize(op: Op) -> None:
 
 
 register("Resize Upsample", Rule(_resize, "axes that keep their size pass, the others are frozen", FACTOR))
-register("Constant EyeLike Range OneHot", Rule(lambda op: op.freeze_all(f"{op.node.op_type} makes this axis"), "frozen", NEVER))
+register(
+    "Constant EyeLike Range OneHot",
+    Rule(lambda op: op.freeze_all(f"{op.node.op_type} makes this axis"), "frozen", NEVER),
+)

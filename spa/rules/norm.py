@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spa.rules.base import Leaving, Op, Rule, Zero, register
+from spa.rules.base import FACTOR, Leaving, Op, Rule, Zero, register
 from spa.rules.notation import Attr, Einsum, einsum
 
 SCALED = Zero(any_of=(1,), all_of=(2,))
@@ -11,16 +11,17 @@ SCALED = Zero(any_of=(1,), all_of=(2,))
 _STAT: Leaving = "stat"
 
 
-
 def _batch_norm(op: Op) -> None:
-    """In training the statistic runs over the batch."""
-    leaving: dict[str, Leaving] = {"b": _STAT} if op.attr("training_mode", 0) else {}
-    Einsum("b c ~, c, c, c, c -> b c ~, c, c, c, c", leaving=leaving, roles={"c": "channel"})(op)
+    """A stored statistic is one factor per channel, so that all other axes pass; in training it runs over them."""
+    if op.attr("training_mode", 0):
+        Einsum("b c ~, c, c, c, c -> b c ~, c, c, c, c", leaving={"b": _STAT}, roles={"c": "channel"})(op)
+    else:
+        Einsum("b c ..., c, c, c, c -> b c ..., c, c, c, c", roles={"c": "channel"})(op)
 
 
 register(
     "BatchNormalization",
-    Rule(_batch_norm, "b c ~, c, c, c, c -> b c ~, c, c, c, c", Zero(any_of=(1,), all_of=(2,), outputs=(0,))),
+    Rule(_batch_norm, "b c ..., c, c, c, c -> b c ..., c, c, c, c", Zero(any_of=(1,), all_of=(2,), outputs=(0,))),
 )
 # statistics run over the trailing dimensions, never over channels; GroupNorm is exported as this between reshapes
 register("InstanceNormalization", einsum("b c ..., c, c -> b c ...", zero=SCALED, leaving={"...": _STAT}))
@@ -28,7 +29,10 @@ for _since, _scale in ((18, "g"), (21, "(g c)")):
     register(
         "GroupNormalization",
         einsum(
-            f"b (g c) ~, {_scale}, {_scale} -> b (g c) ~", zero=SCALED, leaving={"c": _STAT}, sizes={"g": Attr("num_groups")}
+            f"b (g c) ~, {_scale}, {_scale} -> b (g c) ~",
+            zero=SCALED,
+            leaving={"c": _STAT},
+            sizes={"g": Attr("num_groups")},
         ),
         since=_since,
     )
@@ -101,4 +105,4 @@ def _lrn(op: Op) -> None:
         op.freeze(x.dims[1], "LRN mixes neighbouring channels")
 
 
-register("LRN", Rule(_lrn, "all axes pass, the channel axis is frozen"))
+register("LRN", Rule(_lrn, "all axes pass, the channel axis is frozen", FACTOR))

@@ -120,15 +120,15 @@ class _Bound:
                 if slot >= len(terms) and is_input and terms[-1] == ("...",):
                     self._match(is_input, slot, operand, terms[-1])
                 elif slot >= len(terms):
-                    self.failed = f"the rule of {op.node.op_type} does not cover {'input' if is_input else 'output'} {slot}"
+                    self.failed = (
+                        f"the rule of {op.node.op_type} does not cover {'input' if is_input else 'output'} {slot}"
+                    )
                 else:
                     self._match(is_input, slot, operand, terms[slot])
         self.axis: dict[str, Axis] = {}
         self.carriers: dict[str, tuple[list[tuple[int, int]], list[tuple[int, int]]]] = {}
 
-    def _match(
-        self, is_input: bool, slot: int, operand: Operand, terms: tuple[tuple[str, ...] | str, ...]
-    ) -> None:
+    def _match(self, is_input: bool, slot: int, operand: Operand, terms: tuple[tuple[str, ...] | str, ...]) -> None:
         """Give every dimension a term; `...` and `~` stretch to the rank."""
         if not operand.dims:
             self.pairs.append((is_input, slot, operand, []))
@@ -136,7 +136,9 @@ class _Bound:
         free = len(operand.dims) - sum(not isinstance(t, str) for t in terms)
         stretch = any(isinstance(t, str) for t in terms)
         if free < 0 or (free > 0 and not stretch):
-            self.failed = f"{operand.value.name} has rank {len(operand.dims)}, which {self.op.node.op_type} does not take"
+            self.failed = (
+                f"{operand.value.name} has rank {len(operand.dims)}, which {self.op.node.op_type} does not take"
+            )
             return
         expanded: list[tuple[str, ...] | str] = []
         for term in terms:

@@ -120,7 +120,11 @@ def _matmul_bnb4(op: Op) -> None:
         op.edit("K", None, op.axes.product_of((bound["q"], inner)))
 
 
-register("MatMulBnb4", Rule(_matmul_bnb4, "... m (q w), (n q w/2), (n q) -> ... m n, w the block", Zero(any_of=(0, 2))), domain=MS)
+register(
+    "MatMulBnb4",
+    Rule(_matmul_bnb4, "... m (q w), (n q w/2), (n q) -> ... m n, w the block", Zero(any_of=(0, 2))),
+    domain=MS,
+)
 
 
 def _matmul_nbits(op: Op) -> None:
@@ -163,5 +167,8 @@ def _matmul_nbits(op: Op) -> None:
     op.edit("K", None, op.axes.product_of((bound["q"], inner)))
 
 
-register("MatMulNBits", Rule(_matmul_nbits, "... m (q w), n q ~, n q -> ... m n, w the block", Zero(any_of=(0, 2), all_of=(5,))), domain=MS)
-
+register(
+    "MatMulNBits",
+    Rule(_matmul_nbits, "... m (q w), n q ~, n q -> ... m n, w the block", Zero(any_of=(0, 2), all_of=(5,))),
+    domain=MS,
+)

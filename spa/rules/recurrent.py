@@ -21,13 +21,10 @@ def _recurrent(op: Op) -> None:
     state = f"b {d} h" if op.attr("layout", 0) else f"{d} b h"
     cell = f", {state}, {d} (3 h)" if op.node.op_type == "LSTM" else ""
     cell_out = f", {state}" if op.node.op_type == "LSTM" else ""
-    text = (
-        f"{x}, {d} ({gates} h) i, {d} ({gates} h) h, {d} ({2 * gates} h), b, {state}{cell}"
-        f" -> {y}, {state}{cell_out}"
+    text = f"{x}, {d} ({gates} h) i, {d} ({gates} h) h, {d} ({2 * gates} h), b, {state}{cell} -> {y}, {state}{cell_out}"
+    bound = Einsum(text, macs=f"{d} {gates} s b h i, {d} {gates} s b h h", roles={"h": "hidden", "i": "neuron"}).bind(
+        op
     )
-    bound = Einsum(
-        text, macs=f"{d} {gates} s b h i, {d} {gates} s b h h", roles={"h": "hidden", "i": "neuron"}
-    ).bind(op)
     if not bound:
         return
     if "s" in bound:
@@ -37,7 +34,10 @@ def _recurrent(op: Op) -> None:
     op.edit("hidden_size", None, bound["h"])
 
 
-register("LSTM GRU RNN", Rule(_recurrent, "s b i, d (4 h) i, d (4 h) h, d (8 h), b, d b h, d b h -> s d b h, d b h, d b h", _zero))
+register(
+    "LSTM GRU RNN",
+    Rule(_recurrent, "s b i, d (4 h) i, d (4 h) h, d (8 h), b, d b h, d b h -> s d b h, d b h, d b h", _zero),
+)
 
 
 def _quantized_lstm(op: Op) -> None:
@@ -61,6 +61,11 @@ def _quantized_lstm(op: Op) -> None:
 
 register(
     "DynamicQuantizeLSTM",
-    Rule(_quantized_lstm, "s b i, d i (4 h), d h (4 h), d (8 h), ... -> s d b h, d b h, d b h", _zero, points={1: 9, 2: 11}),
+    Rule(
+        _quantized_lstm,
+        "s b i, d i (4 h), d h (4 h), d (8 h), ... -> s d b h, d b h, d b h",
+        _zero,
+        points={1: 9, 2: 11},
+    ),
     domain="com.microsoft",
 )

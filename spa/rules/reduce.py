@@ -5,17 +5,31 @@ from __future__ import annotations
 from spa.rules.base import FACTOR, NEVER, Leaving, Op, Rule, register
 from spa.rules.notation import Einsum, einsum
 
-register("AveragePool LpPool", einsum("b c ~ -> b c ~", zero=FACTOR))
 
-
-def _max_pool(op: Op) -> None:
+def _pool(op: Op) -> None:
+    """Windows of one position leave an axis as it is: pooling over time beside a feature axis."""
+    x, y = op.input(0), op.output()
+    if x is None or y is None:
+        return
     if op.output(1) is not None:
         op.freeze_all("MaxPool returns positions in the whole tensor")
-    else:
-        Einsum("b c ~ -> b c ~")(op)
+        return
+    for d, dim in enumerate(x.dims):
+        if d < 2 or _alone(op, d - 2):
+            op.axes.same(dim, y.dims[d])
+        else:
+            op.freeze(dim, f"{op.node.op_type} reads this axis as a whole")
+            op.freeze(y.dims[d], f"{op.node.op_type} reads this axis as a whole")
 
 
-register("MaxPool", Rule(_max_pool, "b c ~ -> b c ~", FACTOR))
+def _alone(op: Op, k: int) -> bool:
+    """Whether every output position of spatial axis `k` is one input position."""
+    kernel = op.attr("kernel_shape")
+    strides, pads = op.attr("strides") or [1] * len(kernel), op.attr("pads") or [0] * (2 * len(kernel))
+    return bool(kernel[k] == strides[k] == 1 and pads[k] == pads[k + len(kernel)] == 0)
+
+
+register("AveragePool LpPool MaxPool", Rule(_pool, "b c ~ -> b c ~, a window of 1 lets its axis pass", FACTOR))
 
 
 def _regions(op: Op) -> None:
@@ -136,7 +150,10 @@ def _axis(op: Op) -> int | None:
     return int(op.attr("axis", -1 if op.node.op_type == "TopK" else default))
 
 
-register("Softmax LogSoftmax Hardmax ArgMax ArgMin TopK CumSum CumProd", Rule(_along, "all axes pass but `axis`, which is frozen"))
+register(
+    "Softmax LogSoftmax Hardmax ArgMax ArgMin TopK CumSum CumProd",
+    Rule(_along, "all axes pass but `axis`, which is frozen"),
+)
 
 
 def _trilu(op: Op) -> None:

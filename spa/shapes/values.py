@@ -349,6 +349,21 @@ def _scatter_elements(op: Op) -> Const | None:
     return _moved(const, out)
 
 
+@VALUES.rule("OneHot")
+def _one_hot(op: Op) -> Const | None:
+    """Exporters build the repeats of `repeat_interleave` with it."""
+    index, depth, values, room = _indices(op, 0), op.ints(1), op.const(2), _room(op)
+    if index is None or not depth or values is None or room is None:
+        return None
+    axis = axis_of(op.attr("axis", -1), index.ndim + 1)
+    if axis is None:
+        return None
+    hot = np.expand_dims(np.where(index < 0, index + depth[0], index), axis)
+    count = np.arange(depth[0]).reshape([-1 if d == axis else 1 for d in range(index.ndim + 1)])
+    other, at = values.items
+    return Const(room[0], [at if flag else other for flag in (hot == count).reshape(-1).tolist()], room[1])
+
+
 @VALUES.rule("NonZero")
 def _non_zero(op: Op) -> Const | None:
     const = op.const()

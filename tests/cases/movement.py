@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tests.subject import case
 
+# fmt: off
+# ruff: noqa: E501 (one line per case)
 CASES = [
     case("Reshape", "2x12x3 [2,3,4,-1]", "012 - > 0123"),
     case("Reshape", "2x12x3 [0,3,4,3]", "012 - > 0123"),
@@ -63,6 +65,7 @@ CASES = [
     case("Gather", "6x4 [[0,1],[2,3]]", "1 01 > 012"),
     case("GatherElements", "3x6 i64<6:3x4", "0 0 > 0", axis=1),
     case("GatherElements", "3x6 i64<3:2x6", "1 1 > 1"),
+    case("GatherElements", "3x6 i64<6:3x6", "0 0 > 0", axis=1),
     case("GatherElements", "3x6x4 i64<6:2x5x4", "2 2 > 2", axis=1),
     case("GatherND", "3x4x5 i64<3:6x2", "2 0 > 01"),
     case("GatherND", "3x4x5 i64<3:7x1", "12 0 > 012"),
@@ -74,9 +77,11 @@ CASES = [
     case("ScatterElements", "3x6 i64<6:3x4 3x4", "0 0 0 > 0", axis=1),
     case("ScatterElements", "3x6 i64<3:2x6 2x6", "1 1 1 > 1"),
     case("ScatterElements", "3x6 i64<6:3x4 3x4", "0 0 0 > 0", axis=1, reduction="add"),
+    case("ScatterElements", "3x6 i64<6:3x6 3x6", "0 0 0 > 0", axis=1),
     case("Scatter", "3x6 i64<6:3x4 3x4", "0 0 0 > 0", opset=9, axis=1),
     case("ScatterND", "3x4x5 i64<3:6x1 6x4x5", "12 - 12 > 12"),
     case("ScatterND", "3x4x5 i64<3:6x2 6x5", "2 - 1 > 2", reduction="add"),
+    case("Pad", "3x4 [2,3,0,2]", "01 - > 01"),
     case("TensorScatter", "2x3x8x4 2x3x5x4 i64<3:2", "013 013 0 > 013", opset=24),
     case("TensorScatter", "2x8x4 2x5x4", "02 02 > 02", opset=24, axis=1),
     case("Pad", "3x4 [0,1,0,2]", "01 - > 01"),

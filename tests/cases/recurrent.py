@@ -7,6 +7,8 @@ from tests.subject import Tolerance, case
 DYNAMIC = Tolerance(0.05, "the state is quantised anew in every step, by its extremes")
 
 # 5 steps, batch 2, 3 inputs, 4 hidden units
+# fmt: off
+# ruff: noqa: E501 (one line per case)
 CASES = [
     case("LSTM", "5x2x3 1x16x3 1x16x4", "12 12 12 > 23 12 12", hidden_size=4, outs="111"),
     case("LSTM", "5x2x3 1x16x3 1x16x4 1x32", "12 12 12 1 > 23 12 12", hidden_size=4, outs="111", direction="reverse"),
@@ -24,7 +26,7 @@ CASES = [
     case("RNN", "2x5x3 1x4x3 1x4x4 1x8", "02 12 12 1 > 03 02", hidden_size=4, outs="11", layout=1),
     case(
         "com.microsoft::DynamicQuantizeLSTM",
-        "5x2x3 !i8:1x3x16 !i8:1x4x16 1x32 - - - - [0.01] i8:[0] [0.01] i8:[0]",
+        "h:5x2x3 !i8:1x3x16 !i8:1x4x16 1x32 - - - - [0.01] i8:[0] [0.01] i8:[0]",
         "12 12 12 1 - - - - - - - - > 23 12 12",
         hidden_size=4,
         outs="111",
@@ -32,7 +34,7 @@ CASES = [
     ),
     case(
         "com.microsoft::DynamicQuantizeLSTM",
-        "5x2x3 !i8:2x3x16 !i8:2x4x16 2x32 - 2x2x4 2x2x4 - [0.01,0.02] i8:[0,0] [0.01,0.02] i8:[0,0]",
+        "h:5x2x3 !i8:2x3x16 !i8:2x4x16 2x32 - 2x2x4 2x2x4 - [0.01,0.02] i8:[0,0] [0.01,0.02] i8:[0,0]",
         "12 12 12 1 - 12 12 - - - - - > 23 12 12",
         hidden_size=4,
         outs="111",

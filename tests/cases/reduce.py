@@ -7,6 +7,8 @@ from tests.subject import case, each
 REDUCTIONS = "ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare ReduceMax ReduceMin ReduceProd"
 LOGS = "ReduceLogSum ReduceLogSumExp"
 
+# fmt: off
+# ruff: noqa: E501 (one line per case)
 CASES = [
     *each(f"{REDUCTIONS} {LOGS}", "p:3x4x5 [1]", "012 - > 02"),
     *each(f"{REDUCTIONS} {LOGS}", "p:3x4x5 [-1,0]", "012 - > 0", keepdims=0),
@@ -20,6 +22,8 @@ CASES = [
     case("ReduceMax", "i64:3x4 [1]", "01 - > 0"),
     *each("AveragePool MaxPool", "2x4x5x5", "01 > 01", kernel_shape=[2, 2], strides=[1, 2]),
     *each("AveragePool MaxPool", "2x4x6", "01 > 01", kernel_shape=[3], pads=[1, 1]),
+    *each("AveragePool MaxPool", "2x4x6x5", "013 > 013", kernel_shape=[3, 1], pads=[1, 0, 1, 0], strides=[2, 1]),
+    *each("AveragePool MaxPool", "2x4x5x5", "01 > 01", kernel_shape=[1, 1], strides=[2, 2]),
     case("AveragePool", "2x4x5x5", "01 > 01", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1),
     case("LpPool", "2x4x5x5", "01 > 01", kernel_shape=[2, 2], p=2),
     case("MaxPool", "2x4x5x5", "- > - -", kernel_shape=[2, 2], outs="11"),
