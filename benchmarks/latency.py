@@ -59,9 +59,9 @@ def main() -> int:
                 for row, share in zip(report.models, left, strict=True):
                     rows.append(_row(name, batch, row, share))
                     print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+                write(options.json, {"target": options.target, "allocation": options.allocation, "results": results})
     headings = ("model", "batch", "version", "MACs kept", "median ms", "p10 - p90", "time / dense", "verdict")
     print(table(headings, rows))
-    write(options.json, {"target": options.target, "allocation": options.allocation, "results": results})
     return 0
 
 

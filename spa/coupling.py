@@ -8,6 +8,7 @@ the uses end up with different shapes.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -98,6 +99,7 @@ def couple(model: ir.Model, *, border: bool = True) -> Coupling:
             coupling.dims(value, use)
     if border:
         _freeze_border(coupling)
+    _freeze_homonyms(coupling)
     coupling.solution = coupling.axes.solve()
     return coupling
 
@@ -154,6 +156,16 @@ def _freeze_border(coupling: Coupling) -> None:
                 continue
             for axis in coupling.dims(value) or ():
                 coupling.axes.freeze(axis, Reason(why))
+
+
+def _freeze_homonyms(coupling: Coupling) -> None:
+    """Weights of sibling subgraphs may have one name, and a plan could not tell them apart."""
+    names = Counter(value.name for value in coupling.weights)
+    for value in coupling.weights:
+        if names[value.name] > 1:
+            for use in (None, *coupling.shared.get(value, ())):
+                for axis in coupling.dims(value, use) or ():
+                    coupling.axes.freeze(axis, Reason("another subgraph has a weight of the same name"))
 
 
 def weights_of(graph: ir.Graph) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:

@@ -118,7 +118,8 @@ class _Rewriter:
             return
         restored: ir.Value | None = None
         for consumer, slot in list(output.uses()):
-            if all([self._fold(v) for v in consumer.outputs]):
+            folded = [self._fold(v) for v in consumer.outputs]
+            if all(folded):
                 continue
             if restored is None:
                 restored = self._scaled(self.twin.value(output), [n for _, n in sizes], [o for o, _ in sizes])
@@ -209,7 +210,8 @@ class _Rewriter:
             twin.attributes.pop("num_outputs", None)
             return
         original, current = node.inputs[slot], twin.inputs[slot]
-        assert original is not None and current is not None
+        assert original is not None
+        assert current is not None
         entries = {e.entry or 0: (self._old(*e.axes), self._new(*e.axes)) for e in edits}
         twin.replace_input_with(slot, self._patched(original, current, entries))
 
@@ -247,7 +249,8 @@ class _Rewriter:
             shape = self.coupling.shapes.shape(original) if original is not None else None
             width = int(shape[0]) if shape is not None and is_static(shape[0]) else 1  # type: ignore[arg-type]
             inside = {k - start: sizes for k, sizes in entries.items() if start <= k < start + width}
-            assert original is not None and piece is not None
+            assert original is not None
+            assert piece is not None
             pieces.append(self._patched(original, piece, inside) if inside else piece)
             start += width
         return self.twin.after(current, "Concat", pieces, [ir.AttrInt64("axis", 0)])
@@ -261,7 +264,8 @@ class _Rewriter:
         if remap.slot >= 0:
             value = remap.node.inputs[remap.slot]
             known = self.coupling.shapes.const(value) if value is not None else None
-            assert known is not None and value is not None
+            assert known is not None
+            assert value is not None
             old = np.array([int(v) % len(source) for v in known.reshape(-1)], dtype=np.int64)
             array = rank[old[target]].reshape(-1, *known.shape[1:])
             node.replace_input_with(

@@ -49,17 +49,42 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool) -> in
     return _write_files(proto, weights, path, external=external)
 
 
-def unpack(source: Path, target: Path) -> Path:
-    """Write a model file again with its weights in a second file, where runtimes can map them; changes nothing else.
+def unpack(source: ir.Model | Path, target: Path) -> Path:
+    """Write a model with its weights, those of `Constant` nodes too, in a second file, where runtimes can map them.
 
-    Returns the new file, or `source` if it cannot be taken apart.
+    Returns the new file, or `source` if that is a file which cannot be taken apart.
     """
-    found = map_model(File(source), str(source))
-    if found is None:
-        return source
-    proto, weights, _ = found
+    if isinstance(source, Path):
+        found = map_model(File(source), str(source))
+        if found is None:
+            return source
+        proto, weights, _ = found
+    else:
+        proto, weights = _light(source)
+    if proto.ir_version >= 4:  # before, initializers had to be inputs
+        _lift(proto.graph)
     _write_files(proto, weights, target, external=True)
     return target
+
+
+def _lift(graph: onnx.GraphProto) -> None:
+    """Turn `Constant` nodes with big tensors into initializers, as runtimes do on load."""
+    kept: list[onnx.NodeProto] = []
+    outputs = {info.name for info in graph.output}
+    for node in graph.node:
+        for child in children(node):
+            _lift(child)
+        constant = node.op_type == "Constant" and node.domain in ("", "ai.onnx") and len(node.attribute) == 1
+        value = node.attribute[0].t if constant else None
+        if value is None or value.data_location != onnx.TensorProto.EXTERNAL or node.output[0] in outputs:
+            kept.append(node)
+            continue
+        graph.initializer.add().CopyFrom(value)
+        graph.initializer[-1].name = node.output[0]
+    if len(kept) < len(graph.node):
+        copies = onnx.GraphProto(node=kept)
+        del graph.node[:]
+        graph.node.extend(copies.node)
 
 
 def _write_files(proto: onnx.ModelProto, weights: Weights, path: Path, *, external: bool) -> int:

@@ -271,7 +271,8 @@ def compare(
 
 
 def _weight_bytes(model: ir.Model) -> int:
-    tensors = (v.const_value for graph in model.graphs() for v in graph.initializers.values())
+    tensors = [v.const_value for graph in model.graphs() for v in graph.initializers.values()]
+    tensors += [tensor_of(node) for node in model.graph.all_nodes()]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None and tensor.dtype != ir.DataType.STRING)
 
 
@@ -302,7 +303,9 @@ def _file(model: ir.Model | Path, folder: Path, limited: bool) -> Path:
     """The model as a file; `limited`: with big weights where they can be mapped."""
     path = folder / "model.onnx"
     if isinstance(model, ir.Model):
-        save(model, path, external=limited)
+        if limited:
+            return unpack(model, path)
+        save(model, path, external=False)
         return path
     return unpack(model, path) if limited and model.stat().st_size > LARGE else model
 

@@ -274,15 +274,17 @@ class Law:
         summands = present if zero.all_of == "all" else [k for k in zero.all_of if k in present]
         if any(a.dtype.kind not in "iub" and not np.isfinite(a).all() for a in self.subject.arrays.values()):
             return  # zero times infinity is nobody's promise
-        for factor in [k for k in zero.any_of if k in present] or [None]:
-            slots = {*summands, *([] if factor is None else [factor])}
+        factors: list[set[int]] = [{k} for k in zero.any_of if k in present] or [set()]
+        for factor in factors:
+            slots = {*summands, *factor}
             if slots & set(rule.divisors):
                 continue
             arrays = {name: array.copy() for name, array in self.subject.arrays.items()}
             claimed: dict[ir.Value, set[int]] = {}
             for slot in slots:
                 operand, value = self.op.inputs[slot], self.op.node.inputs[slot]
-                assert operand is not None and value is not None
+                assert operand is not None
+                assert value is not None
                 claimed[value] = set()
                 for d, dim in enumerate(operand.dims):
                     leaves = set(self.solution.leaves(dim)) & changed

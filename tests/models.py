@@ -94,6 +94,20 @@ def group_norm() -> Model:
     return net.model(image2=("n", 2, 16, 16))
 
 
+def picked() -> Model:
+    """Channels permuted and repeated by Gather, a depthwise convolution with two outputs per channel, PixelShuffle."""
+    net = Net(opset=17)
+    x = net.conv(net.input("image", "n", 3, 6, 6), "c1", 3, 16)
+    order = np.random.default_rng(0).permutation(16)[:12]
+    x = net("Gather", x, net.value("order", order), axis=1)
+    x = net("Gather", x, net.value("twice", np.array([0, 0, 1, 2, 3, 5, 5, 7])), axis=1)
+    x = net("Conv", x, net.weight("dw.weight", 16, 1, 3, 3), name="dw", group=8, pads=[1] * 4)
+    x = net.conv(net("Relu", x), "c2", 16, 32)
+    x = net("Transpose", net.reshape(x, 0, 8, 2, 2, 6, 6), perm=[0, 1, 4, 2, 5, 3])
+    net.named(net.conv(net.reshape(x, 0, 8, 12, 12), "out", 8, 3, act=None), "y")
+    return net.model(y=("n", 3, 12, 12))
+
+
 # -- transformers ----------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +161,48 @@ def vit_reshape() -> Model:
     x = net("Add", x, _mlp(net, x, "mlp", c, 96))
     net.named(net.linear(x, "head", c, 7, bias=False), "scores")
     return net.model(scores=("n", "t", 7))
+
+
+def _windows(net: Net, x: str, c: int, back: bool = False) -> str:
+    """Images of 8 x 8 tokens to windows of 4 x 4, or back."""
+    x = net.reshape(x, -1, 2, 2, 4, 4, c) if back else net.reshape(x, -1, 2, 4, 2, 4, c)
+    x = net("Transpose", x, perm=[0, 1, 3, 2, 4, 5])
+    return net.reshape(x, -1, 8, 8, c) if back else net.reshape(x, -1, 16, c)
+
+
+def swin() -> Model:
+    """Shifted windows with a table of position biases per head, and patch merging by strided Slices."""
+    net, c = Net(opset=17), 24
+    x = net.linear(net.input("pixels", "n", 8, 8, 6), "embed", 6, c)
+    at = {k: net.value(f"at_{k}", [k]) for k in (0, 1, 3, 8)}
+    shifted = net("Concat", net("Slice", x, at[3], at[8], at[1]), net("Slice", x, at[0], at[3], at[1]), axis=1)
+    qkv = net.reshape(net.linear(_windows(net, shifted, c), "qkv", c, 3 * c), -1, 16, 3, 3, 8)
+    parts = net("Split", net("Transpose", qkv, perm=[2, 0, 3, 1, 4]), net.value("each", [1, 1, 1]), outputs=3, axis=0)
+    q, k, v = (net("Squeeze", part, at[0]) for part in parts)
+    table = net("Gather", net.weight("table", 49, 3), net.value("pairs", np.arange(256) % 49), axis=0)
+    bias = net("Transpose", net.reshape(table, 16, 16, 3), perm=[2, 0, 1])
+    scores = net("MatMul", q, net("Transpose", k, perm=[0, 1, 3, 2]), name="scores")
+    weights = net("Softmax", net("Add", scores, net("Unsqueeze", bias, at[0])), axis=-1)
+    y = net.reshape(net("Transpose", net("MatMul", weights, v, name="mix"), perm=[0, 2, 1, 3]), -1, 16, c)
+    x = net("Add", x, _windows(net, net.linear(y, "proj", c, c), c, back=True))
+    ends, axes, steps = net.value("ends", [8, 8]), net.value("axes", [1, 2]), net.value("steps", [2, 2])
+    corners = [net("Slice", x, net.value(f"from{i}{j}", [i, j]), ends, axes, steps) for i in (0, 1) for j in (0, 1)]
+    x = net.linear(net.layer_norm(net("Concat", *corners, axis=-1), "norm", 4 * c), "merge", 4 * c, 2 * c, bias=False)
+    net.named(net.linear(net("ReduceMean", x, axes=[1, 2], keepdims=0), "head", 2 * c, 5), "logits")
+    return net.model(logits=("n", 5))
+
+
+def experts() -> Model:
+    """A soft mixture of four experts, as Einsum over stacked weights."""
+    net = Net(opset=17)
+    x = net.linear(net.input("x", "n", 8), "embed", 8, 16)
+    gate = net("Softmax", net.linear(x, "gate", 16, 4), axis=-1)
+    y = net("Relu", net("Einsum", x, net.weight("up", 4, 16, 24), name="up", equation="nd,edf->nef"))
+    y = net("Einsum", y, net.weight("down", 4, 24, 16), name="down", equation="nef,efd->ned")
+    y = net("Mul", y, net("Unsqueeze", gate, net.value("end", [-1])))
+    y = net("ReduceSum", y, net.value("experts", [1]), keepdims=0)
+    net.named(net.linear(y, "head", 16, 3), "y")
+    return net.model(y=("n", 3))
 
 
 def _rms_norm(net: Net, x: str, name: str, c: int) -> str:
@@ -264,8 +320,8 @@ def two_ways() -> Model:
 BUILT: dict[str, Built] = {
     f.__name__: Built(f)
     for f in (
-        residual_cnn, flat_cnn, unet, shuffle_net, group_norm, vit_split, vit_reshape, decoder, modern, fused_bert,
-        lstm_tagger, tied, two_ways,
+        residual_cnn, flat_cnn, unet, shuffle_net, group_norm, picked, vit_split, vit_reshape, swin, experts, decoder,
+        modern, fused_bert, lstm_tagger, tied, two_ways,
     )
 } | ODD  # fmt: skip
 """All models of this folder by name."""

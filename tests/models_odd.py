@@ -45,6 +45,7 @@ def behind() -> Model:
     rng = np.random.default_rng(5)
     value = numpy_helper.from_array(rng.normal(0, 0.2, (c, 16)).astype(np.float32), "w4")
     x = net("MatMul", net("Relu", x), net("Constant", name="w4", value=value), name="fc4")
+    x = net("Mul", x, net("Constant", name="slopes", value_floats=[(k + 1) / 16 for k in range(16)]))
     low = net("MatMul", net.weight("lora.a", 16, 4), net.weight("lora.b", 4, 6))
     net.named(net("MatMul", net("Relu", x), net("Add", net.weight("w5", 16, 6), low), name="fc5"), "y")
     return net.model(y=("n", 6))
@@ -171,6 +172,39 @@ def loop() -> Model:
             body=body.graph(outputs, "body"))  # fmt: skip
     net.named(net.gemm(y, "head", 32, 4), "y")
     return net.model(y=("n", 4))
+
+
+def homonyms() -> Model:
+    """If: weights of the two branches have the same names, so that no plan can tell them apart."""
+    net = Net(opset=17)
+    x = net("Relu", net.gemm(net("Relu", net.gemm(net.input("x", "n", 8), "fc0", 8, 40)), "fc1", 40, 32))
+    flag = net("Greater", net("ReduceSum", "x", keepdims=0), net.value("nothing", 0.0))
+    graphs = {}
+    for k, key in enumerate(("then_branch", "else_branch")):
+        side = Net(17, prefix=f"{key}.")
+        rng = np.random.default_rng(k)
+        y = side("Relu", side("MatMul", x, side.value("w1", rng.normal(0, 0.2, (32, 24))), name="a"))
+        side.named(side("MatMul", y, side.value("w2", rng.normal(0, 0.2, (24, 24))), name="b"), f"{key}_y")
+        graphs[key] = side.graph([_info(f"{key}_y", "n", 24)], key)
+    net.named(net.gemm(net("If", flag, name="if", **graphs), "head", 24, 4), "y")
+    return net.model(y=("n", 4))
+
+
+def scan() -> Model:
+    """Scan: a recurrent network written out, with a captured weight."""
+    net = Net(opset=17)
+    x = net("Transpose", net.linear(net.input("x", "n", "t", 8), "fc1", 8, 24), perm=[1, 0, 2])
+    net.weight("state.weight", 24, 24)
+    start = net("Mul", net("ReduceSum", x, net.value("time", [0]), keepdims=0), net.value("nothing", 0.0))
+    body = Net(17, prefix="body.")
+    body.inputs = [_info("state", "n", 24), _info("step", "n", 24)]
+    y = body("Tanh", body("Add", body("MatMul", "state", "state.weight", name="recur"), "step"))
+    body.named(body("Identity", y), "state_out")
+    body.named(body("Identity", y), "step_out")
+    graph = body.graph([_info("state_out", "n", 24), _info("step_out", "n", 24)], "body")
+    _, y = net("Scan", start, x, outputs=2, name="scan", body=graph, num_scan_inputs=1)
+    net.named(net.linear(net("Transpose", y, perm=[1, 0, 2]), "head", 24, 3), "y")
+    return net.model(y=("n", "t", 3))
 
 
 def functions() -> Model:
@@ -306,8 +340,8 @@ def opset7() -> Model:
 ODD: dict[str, Built] = {
     f.__name__: Built(f)
     for f in (
-        one_zero_bias, behind, two_layers, computed_scale, computed_shapes, branches, loop, functions, qdq, four_bits,
-        old_inputs, opset7,
+        one_zero_bias, behind, two_layers, computed_scale, computed_shapes, branches, homonyms, loop, scan, functions,
+        qdq, four_bits, old_inputs, opset7,
     )
 }  # fmt: skip
 ODD["custom"] = Built(custom, runtime=False, functions=[CUSTOM])

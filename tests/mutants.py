@@ -119,7 +119,7 @@ def _watched(mutant: Mutant | None, sites: set[Site], texts: dict[Text, None]) -
             return bind(self, op)
         return bind(mutant.change(self, op) if mutant.change else self, _loosened(op, self, mutant.loose))
 
-    Einsum.bind = bound
+    Einsum.bind = bound  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -216,7 +216,7 @@ Terms = list[list[tuple[str, ...] | str]]
 
 
 def _text_mutants(text: Text) -> Iterator[Mutant]:
-    """Lose a coupling, swap factors, free a whole-read axis or a constant, change how an index leaves, forget an edit."""
+    """Lose a coupling, swap factors, free what is frozen, let a contracted index pass, forget an edit."""
     line, leavings, attributes = text
     notation = parse(line)
     split = len(notation.inputs)
@@ -264,7 +264,9 @@ def _changed(text: Text, what: str, **fields: Any) -> Mutant:
     return Mutant(f"{text[0]}: {what}", text=text, change=lambda rule, _: dataclasses.replace(rule, **fields))
 
 
-def _rewritten(text: Text, operands: Terms, split: int, places: list[tuple[int, int, tuple[str, ...] | str]]) -> Mutant:
+def _rewritten(
+    text: Text, operands: Terms, split: int, places: Sequence[tuple[int, int, tuple[str, ...] | str]]
+) -> Mutant:
     changed = [list(terms) for terms in operands]
     for k, d, term in places:
         changed[k][d] = term

@@ -84,7 +84,7 @@ def zeroed(model: onnx.ModelProto, plan: Mapping[str, Any]) -> onnx.ModelProto:
         tensors.update({tensor.name: tensor for tensor in graph.initializer})
         for node in graph.node:
             if node.op_type == "Constant":
-                tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
+                tensors.update((node.output[0], _as_tensor(node, a)) for a in node.attribute)
     original = {
         name: numpy_helper.to_array(tensors[name]).copy() for name in {r["initializer"] for r in plan["removed"]}
     }
@@ -111,6 +111,14 @@ def zeroed(model: onnx.ModelProto, plan: Mapping[str, Any]) -> onnx.ModelProto:
     return out
 
 
+def _as_tensor(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> onnx.TensorProto:
+    """The value of a Constant node, which becomes a tensor where it is a list of numbers."""
+    if attribute.name == "value_floats":
+        tensor = numpy_helper.from_array(np.array(attribute.floats, np.float32))
+        attribute.CopyFrom(onnx.helper.make_attribute("value", tensor))
+    return attribute.t
+
+
 def _blank(array: Array, axis: int, indices: list[int]) -> None:
     assert indices == sorted(set(indices))
     assert 0 < len(indices) < array.shape[axis]
@@ -124,13 +132,13 @@ def parameters(model: onnx.ModelProto) -> int:
     """Entries of all weights that are numbers to compute with (not indices, shapes or flags)."""
     structure = {onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
     structure |= {onnx.TensorProto.INT16, onnx.TensorProto.UINT16, onnx.TensorProto.UINT32, onnx.TensorProto.UINT64}
-    return sum(math.prod(tensor.dims) for tensor in _weights(model) if tensor.data_type not in structure)
+    return sum(math.prod(tensor.dims) for tensor in _weights(copy(model)) if tensor.data_type not in structure)
 
 
 def _weights(model: onnx.ModelProto) -> Iterable[onnx.TensorProto]:
     for graph in graphs(model.graph):
         yield from graph.initializer
-        yield from (a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value")
+        yield from (_as_tensor(n, a) for n in graph.node if n.op_type == "Constant" for a in n.attribute)
 
 
 def macs(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> int | None:

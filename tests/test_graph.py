@@ -50,7 +50,10 @@ def model(
         nodes = [helper.make_node("MatMul", ["x", "w"], ["h"], "mm"), helper.make_node("Add", ["h", "b"], ["y"], "add")]
     weights = {"w": KERNEL, "b": BIAS} if weights is None else weights
     proto = helper.make_graph(
-        nodes, "net", inputs or [info("x", "n", 64)], outputs or [info("y", "n", 32)],
+        nodes,
+        "net",
+        inputs or [info("x", "n", 64)],
+        outputs or [info("y", "n", 32)],
         [constant(name, array) for name, array in weights.items()],
     )
     imports = [] if opset is None else [helper.make_opsetid("", opset)]
@@ -127,8 +130,13 @@ def test_sources_of_every_kind_agree_and_are_not_changed(tmp_path: Path) -> None
     weight = ir_model.graph.initializers["w"].const_value
     surgeon = gs.import_onnx(model())
     want = run(proto, {"x": X})
-    for source, form in ((tmp_path / "m.onnx", "path"), (str(tmp_path / "m.onnx"), "path"), (proto, "proto"),
-                         (ir_model, "ir"), (surgeon, "gs")):
+    for source, form in (
+        (tmp_path / "m.onnx", "path"),
+        (str(tmp_path / "m.onnx"), "path"),
+        (proto, "proto"),
+        (ir_model, "ir"),
+        (surgeon, "gs"),
+    ):
         loaded = load(source)
         assert loaded.form == form
         loaded.model.graph.initializers["w"].name = "renamed"
@@ -174,12 +182,17 @@ def test_sorts_unsorted_graphs_even_when_only_a_subgraph_reads_ahead() -> None:
 
 
 def test_inlines_local_functions_and_keeps_unknown_custom_nodes() -> None:
-    inner = helper.make_function("local", "Inner", ["a"], ["o"], [helper.make_node("Relu", ["a"], ["o"])],
-                                 [helper.make_opsetid("", 17)])
-    outer = helper.make_function("local", "Outer", ["a"], ["o"],
-                                 [helper.make_node("Inner", ["a"], ["t"], domain="local"),
-                                  helper.make_node("Neg", ["t"], ["o"])],
-                                 [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)])
+    inner = helper.make_function(
+        "local", "Inner", ["a"], ["o"], [helper.make_node("Relu", ["a"], ["o"])], [helper.make_opsetid("", 17)]
+    )
+    outer = helper.make_function(
+        "local",
+        "Outer",
+        ["a"],
+        ["o"],
+        [helper.make_node("Inner", ["a"], ["t"], domain="local"), helper.make_node("Neg", ["t"], ["o"])],
+        [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)],
+    )
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Outer", ["h"], ["y"], domain="local")]
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("local", 1)]
     proto = model(nodes, {"w": KERNEL}, functions=[inner, outer], opset_imports=imports)
@@ -201,8 +214,13 @@ def test_sparse_weights_become_dense() -> None:
         )
         proto = model([helper.make_node("MatMul", ["x", "w"], ["y"])], {})
         proto.graph.sparse_initializer.append(sparse)
-        inside = model([helper.make_node("Constant", [], ["w"], sparse_value=sparse),
-                        helper.make_node("MatMul", ["x", "w"], ["y"])], {})
+        inside = model(
+            [
+                helper.make_node("Constant", [], ["w"], sparse_value=sparse),
+                helper.make_node("MatMul", ["x", "w"], ["y"]),
+            ],
+            {},
+        )
         for case in (proto, inside):
             np.testing.assert_array_equal(run(to_proto(load(case).model), {"x": X})[0], X @ dense)
     huge = helper.make_sparse_tensor(
@@ -223,8 +241,21 @@ def test_initializers_that_are_inputs_stay_both() -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    [np.float64, np.float16, np.int8, np.uint16, np.int64, np.bool_, np.complex64, ml_dtypes.bfloat16,
-     ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2fnuz, ml_dtypes.int4, ml_dtypes.uint4, ml_dtypes.float4_e2m1fn],
+    [
+        np.float64,
+        np.float16,
+        np.int8,
+        np.uint16,
+        np.int64,
+        np.bool_,
+        np.complex64,
+        ml_dtypes.bfloat16,
+        ml_dtypes.float8_e4m3fn,
+        ml_dtypes.float8_e5m2fnuz,
+        ml_dtypes.int4,
+        ml_dtypes.uint4,
+        ml_dtypes.float4_e2m1fn,
+    ],
 )
 @pytest.mark.parametrize("external", [False, True])
 def test_every_dtype_survives(tmp_path: Path, dtype: Any, external: bool) -> None:
@@ -243,8 +274,11 @@ def test_every_dtype_survives(tmp_path: Path, dtype: Any, external: bool) -> Non
 
 
 def test_strings_and_typed_fields_survive() -> None:
-    proto = model([helper.make_node("Identity", ["s"], ["y"]), helper.make_node("MatMul", ["x", "w"], ["z"])], {},
-                  outputs=[info("y", 3, kind=TensorProto.STRING), info("z", "n", 32)])
+    proto = model(
+        [helper.make_node("Identity", ["s"], ["y"]), helper.make_node("MatMul", ["x", "w"], ["z"])],
+        {},
+        outputs=[info("y", 3, kind=TensorProto.STRING), info("z", "n", 32)],
+    )
     proto.graph.initializer.append(helper.make_tensor("s", TensorProto.STRING, [3], ["a", "b", "c"]))
     proto.graph.initializer.append(helper.make_tensor("w", TensorProto.FLOAT, [64, 32], KERNEL.flatten().tolist()))
     strings, product = run(to_proto(load(proto).model), {"x": X})
@@ -304,35 +338,60 @@ BAD_MODELS: dict[str, tuple[Callable[[], onnx.ModelProto], type[errors.ModelErro
     "future opset": (lambda: with_opset(999), errors.UnsupportedModelError, "opset 999"),
     "no opset": (lambda: with_opset(None), errors.ModelError, "no ONNX opset"),
     "only a custom opset": (
-        lambda: model(opset_imports=[helper.make_opsetid("d", 1)]), errors.ModelError, "no ONNX opset"),
+        lambda: model(opset_imports=[helper.make_opsetid("d", 1)]),
+        errors.ModelError,
+        "no ONNX opset",
+    ),
     "two opsets": (
         lambda: model(opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx", 18)]),
-        errors.ModelError, "two versions"),
+        errors.ModelError,
+        "two versions",
+    ),
     "undefined input": (lambda: model([node("Relu", ["ghost"], ["y"])]), errors.ModelError, "'the_Relu'.*'ghost'"),
     "undefined output": (lambda: model([node("Relu", ["x"], ["h"])]), errors.ModelError, "output 'y'"),
     "defined twice": (
-        lambda: model([node("Relu", ["x"], ["y"]), node("Neg", ["x"], ["y"])]), errors.ModelError, "'y' is defined"),
+        lambda: model([node("Relu", ["x"], ["y"]), node("Neg", ["x"], ["y"])]),
+        errors.ModelError,
+        "'y' is defined",
+    ),
     "weight computed": (
-        lambda: model([node("Relu", ["x"], ["w"]), node("Neg", ["w"], ["y"])]), errors.ModelError, "'w' is defined"),
+        lambda: model([node("Relu", ["x"], ["w"]), node("Neg", ["w"], ["y"])]),
+        errors.ModelError,
+        "'w' is defined",
+    ),
     "cycle": (
         lambda: model([node("Add", ["x", "b"], ["a"]), node("Relu", ["a"], ["b"]), node("Neg", ["b"], ["y"])], {}),
-        errors.ModelError, "cycle"),
+        errors.ModelError,
+        "cycle",
+    ),
     "self loop": (lambda: model([node("Add", ["x", "y"], ["y"])], {}), errors.ModelError, "cycle"),
     "mixed types": (
-        lambda: model([node("Add", ["x", "k"], ["y"])], {"k": np.ones(64, np.int64)}), errors.ModelError, "Add"),
+        lambda: model([node("Add", ["x", "k"], ["y"])], {"k": np.ones(64, np.int64)}),
+        errors.ModelError,
+        "Add",
+    ),
     "inner sizes": (
-        lambda: model([node("MatMul", ["x", "w"], ["y"])], {"w": KERNEL[:63]}), errors.ModelError, "MatMul"),
+        lambda: model([node("MatMul", ["x", "w"], ["y"])], {"w": KERNEL[:63]}),
+        errors.ModelError,
+        "MatMul",
+    ),
     "kernel rank": (
         lambda: model([node("Conv", ["x", "w"], ["y"])], {"w": KERNEL}, [info("x", 1, 3, 8, 8)], [info("y")]),
-        errors.ModelError, "Conv"),
+        errors.ModelError,
+        "Conv",
+    ),
     "missing operand": (lambda: model([node("MatMul", ["x"], ["y"])]), errors.ModelError, "MatMul"),
-    "output type": (
-        lambda: model(outputs=[info("y", kind=TensorProto.INT64)]), errors.ModelError, "'y' is FLOAT"),
+    "output type": (lambda: model(outputs=[info("y", kind=TensorProto.INT64)]), errors.ModelError, "'y' is FLOAT"),
     "declared input shape": (
-        lambda: model(inputs=[info("x", "n", 64), info("w", 64, 31)]), errors.ModelError, "'w'.*declaration"),
+        lambda: model(inputs=[info("x", "n", 64), info("w", 64, 31)]),
+        errors.ModelError,
+        "'w'.*declaration",
+    ),
     "declared input type": (
         lambda: model(inputs=[info("x", "n", 64), info("w", 64, 32, kind=TensorProto.DOUBLE)]),
-        errors.ModelError, "'w'.*declaration"),
+        errors.ModelError,
+        "'w'.*declaration",
+    ),
     "short weight": (lambda: damaged(raw_data=KERNEL.tobytes()[:-4]), errors.ModelError, "'w'.*truncated"),
     "long weight": (lambda: damaged(raw_data=KERNEL.tobytes() + b"1234"), errors.ModelError, "'w'.*8192 bytes"),
     "unknown dtype": (lambda: damaged(data_type=77), errors.ModelError, "'w'.*77"),
@@ -366,8 +425,20 @@ def test_refuses_bad_models_in_one_sentence(tmp_path: Path, name: str, as_file: 
 
 
 @pytest.mark.parametrize(
-    "name", ["undefined input", "mixed types", "inner sizes", "kernel rank", "output type", "declared input shape",
-             "missing operand", "defined twice", "short weight", "declared input type", "cycle"],
+    "name",
+    [
+        "undefined input",
+        "mixed types",
+        "inner sizes",
+        "kernel rank",
+        "output type",
+        "declared input shape",
+        "missing operand",
+        "defined twice",
+        "short weight",
+        "declared input type",
+        "cycle",
+    ],
 )
 def test_onnx_runtime_refuses_those_too(name: str) -> None:
     with pytest.raises(Exception, match="ONNXRuntimeError"):
@@ -523,7 +594,11 @@ def test_links_inside_of_the_folder_are_fine(tmp_path: Path) -> None:
 def rich() -> onnx.ModelProto:
     """A model with everything that is easily lost."""
     proto = model(
-        producer_name="me", producer_version="1.2", domain="org.me", model_version=7, doc_string="about",
+        producer_name="me",
+        producer_version="1.2",
+        domain="org.me",
+        model_version=7,
+        doc_string="about",
         opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)],
     )
     helper.set_model_props(proto, {"k": "v", "a": "b"})
@@ -592,7 +667,9 @@ def test_weights_of_subgraphs_and_constants_are_written(tmp_path: Path) -> None:
     inner = helper.make_graph([node("MatMul", ["x", "w"], ["t"])], "t", [], [info("t")], [constant("w", KERNEL)])
     other = helper.make_graph(
         [node("Constant", [], ["k"], value=constant("k", KERNEL * 2)), node("MatMul", ["x", "k"], ["e"])],
-        "e", [], [info("e")],
+        "e",
+        [],
+        [info("e")],
     )
     nodes = [node("If", ["c"], ["y"], then_branch=inner, else_branch=other)]
     proto = model(nodes, {}, [info("x", "n", 64), info("c", kind=TensorProto.BOOL)], [info("y")])
@@ -608,8 +685,11 @@ def test_weights_of_subgraphs_and_constants_are_written(tmp_path: Path) -> None:
 def test_large_external_tensors_start_on_pages(tmp_path: Path) -> None:
     wide = RNG.standard_normal((64, 1000)).astype(np.float32)
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
-    proto = model(nodes, {"w": KERNEL[:, :17], "v": RNG.standard_normal((17, 1000)).astype(np.float32), "u": wide},
-                  outputs=[info("y")])
+    proto = model(
+        nodes,
+        {"w": KERNEL[:, :17], "v": RNG.standard_normal((17, 1000)).astype(np.float32), "u": wide},
+        outputs=[info("y")],
+    )
     save(load(proto).model, tmp_path / "m.onnx", external=True)
     saved = onnx.load(tmp_path / "m.onnx", load_external_data=False)
     offsets = {t.name: {e.key: e.value for e in t.external_data} for t in saved.graph.initializer}

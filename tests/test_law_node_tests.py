@@ -59,7 +59,9 @@ def _collect() -> list[Any]:
     return [c for c in node_cases.collect_testcases() if _rule(c.model) is not None]
 
 
-def _rule(model: onnx.ModelProto) -> rules.Rule | None:
+def _rule(model: onnx.ModelProto | None) -> rules.Rule | None:
+    if model is None:
+        return None
     node = model.graph.node[0]
     version = next((o.version for o in model.opset_import if o.domain == node.domain), 1)
     return rules.lookup(node.domain, node.op_type, version) if len(model.graph.node) == 1 else None

@@ -189,8 +189,7 @@ def test_min_keep_refused(text: str) -> None:
 # -- what cannot be reached --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["macs=0.001", "params=0.001", "macs=0.001,params=0.001"])
-@pytest.mark.parametrize("scope", ["exact", "all"])
+@pytest.mark.parametrize(("target", "scope"), [("macs=0.001", "exact"), ("macs=0.001,params=0.001", "all")])
 @pytest.mark.parametrize("name", list(BUILT))
 def test_error_names_a_reachable_point(name: str, target: str, scope: str) -> None:
     """The message names the best point, what freezes the rest, and what to try; the point is really reachable."""

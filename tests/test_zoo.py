@@ -135,7 +135,7 @@ def test_criteria_beat_chance(tmp_path: Path) -> None:
         pytest.skip(MISSING)
     arrays = np.load(images)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    pixels, labels = arrays["test_x"][:400], arrays["test_y"][:400]
+    pixels, labels = arrays["test_x"][:250], arrays["test_y"][:250]
     x = ((pixels / 255 - mean[:, None, None]) / std[:, None, None]).astype(np.float32)
 
     def accuracy(path: Path) -> float:

@@ -56,6 +56,8 @@ CRITERIA: dict[str, Criterion] = {
         Criterion("random", "uniform random scores: the floor every criterion must beat", _random),
         Criterion("l1", "sum |w| of a unit's slices (Li et al., arXiv 1608.08710)", _l1),
         Criterion("l2", "||w||_2 of a unit's slices (DepGraph's group norm, arXiv 2301.12900)", _l2),
-        Criterion("bn-scale", "|gamma| of the normalisation behind a unit (Network Slimming, arXiv 1708.06519)", _bn_scale),
+        Criterion(
+            "bn-scale", "|gamma| of the normalisation behind a unit (Network Slimming, arXiv 1708.06519)", _bn_scale
+        ),
     )
 }

@@ -18,7 +18,7 @@ def _pointwise(text: str, zero: Zero, divisors: tuple[int, ...] = ()) -> Rule:
 # f(0) = 0: a channel whose weights are zero stays zero
 register(
     "Relu LeakyRelu Elu Selu Celu ThresholdedRelu Tanh Erf Gelu HardSwish Mish Swish Softsign Shrink Sin Tan Asin Atan "
-    "Sinh Asinh Atanh Sqrt Abs Neg Sign Floor Ceil Round Identity Cast",
+    "Sinh Asinh Atanh Sqrt Abs Neg Sign Floor Ceil Round Identity Cast BitCast",
     _pointwise(UNARY, FACTOR),
 )
 # f(0) != 0, or it depends on attributes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from spa.rules.base import Leaving, Op, Rule, Zero, register
+import math
+
+from spa.rules.base import FACTOR, Leaving, Op, Rule, Zero, register
 from spa.rules.notation import Attr, Einsum, einsum
 
 WEIGHTED = Zero(any_of=(0, 1), all_of=(2,))
@@ -13,10 +15,23 @@ _GROUPS = {"g": Attr("group", 1)}
 _POINTS = {0: 2, 1: 3}
 """Zero points of integer products."""
 
-CONV = einsum(
-    "b (g i) ~, (g o) i ~, (g o) -> b (g o) ~", zero=WEIGHTED, macs="b g o i ~1 ~y", roles=_CHANNEL, sizes=_GROUPS
-)
-register("Conv", CONV)
+
+def _conv(op: Op) -> None:
+    """A kernel of one position leaves its axis as it is: products over channels beside a feature axis."""
+    weight = op.input(1)
+    kernel = weight.shape[2:] if weight is not None else ()
+    strides, pads = op.attr("strides") or [1] * len(kernel), op.attr("pads") or [0] * (2 * len(kernel))
+    names = [
+        f"p{k}" if size == strides[k] == 1 and pads[k] == pads[k + len(kernel)] == 0 else "~"
+        for k, size in enumerate(kernel)
+    ]
+    space = " ".join(names) if names.count("~") <= 1 else "~"
+    passing = " ".join(name for name in space.split() if name != "~")
+    text = f"b (g i) {space}, (g o) i ~, (g o) -> b (g o) {space}"
+    Einsum(text, _GROUPS, macs=f"b g o i ~1 ~y {passing}", roles=_CHANNEL)(op)
+
+
+register("Conv", Rule(_conv, "b (g i) ~, (g o) i ~, (g o) -> b (g o) ~, a kernel of 1 lets its axis pass", WEIGHTED))
 register(
     "ConvTranspose",
     einsum(
@@ -56,6 +71,17 @@ def _deform_conv(op: Op) -> None:
 
 
 register("DeformConv", Rule(_deform_conv, "as Conv; frozen with several offset groups"))
+
+
+def _col2im(op: Op) -> None:
+    block = op.ints(2)
+    if not block or None in block:
+        op.freeze_all("Col2Im of blocks known only at run time")
+    else:
+        Einsum(f"b (c {math.prod(n or 1 for n in block)}) ~, ~, ~ -> b c ~")(op)
+
+
+register("Col2Im", Rule(_col2im, "b (c k) ~ -> b c ~, k the positions of a block", FACTOR))
 
 
 def _matmul_text(op: Op, left: str = "m k", right: str = "k n", extra: str = "") -> str | None:

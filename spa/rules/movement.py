@@ -342,6 +342,27 @@ def _tensor_scatter(op: Op) -> None:
 register("TensorScatter", Rule(_tensor_scatter, "all axes pass but `axis`, which is frozen", Zero(all_of=(0, 1))))
 
 
+def _one_axis(op: Op) -> None:
+    """Compress, CenterCropPad: all axes pass but those that are cut at run time."""
+    if (xy := _known(op)) is None:
+        return
+    x, y = xy
+    chosen = op.attr("axes") if op.node.op_type == "CenterCropPad" else [op.attr("axis")]
+    if chosen is None or None in chosen or len(x.dims) != len(y.dims):
+        op.freeze_all(f"{op.node.op_type} over all axes")
+        return
+    cut = {int(a) % len(x.dims) for a in chosen}
+    for d, dim in enumerate(x.dims):
+        if d not in cut:
+            _pair(op, x, d, y, d, dim)
+        else:
+            op.freeze(dim, f"{op.node.op_type} cuts this axis")
+            op.freeze(y.dims[d], f"{op.node.op_type} cuts this axis")
+
+
+register("Compress CenterCropPad", Rule(_one_axis, "all axes pass but `axis` (`axes`), which are frozen", FACTOR))
+
+
 def _expand(op: Op) -> None:
     if (xy := _known(op)) is None:
         return
@@ -410,7 +431,8 @@ def _depth_to_space(op: Op) -> None:
 
 def _space_to_depth(op: Op) -> None:
     n = int(op.attr("blocksize"))
-    Einsum(f"b c (h {n}) (w {n}) -> b ({n} {n} c) h w")(op)
+    packed = f"c {n} {n}" if op.attr("mode", "DCR") == "CRD" else f"{n} {n} c"
+    Einsum(f"b c (h {n}) (w {n}) -> b ({packed}) h w")(op)
 
 
 register("DepthToSpace", Rule(_depth_to_space, "b (n n c) h w -> b c (h n) (w n)", FACTOR))

@@ -151,6 +151,7 @@ class _Bound:
         self.pairs.append((is_input, slot, operand, expanded))
 
     def run(self) -> None:
+        """State all relations, or freeze everything if the node does not fit."""
         if not self.failed:
             self._sizes()
         if self.failed:

@@ -46,14 +46,15 @@ def _quantized_lstm(op: Op) -> None:
     scales = op.input(8)
     state, scale = f"{d} b h", f"{d} (4 h)" if scales is not None and len(scales.dims) == 2 else "~"
     text = (
-        f"s b i, {d} i (4 h), {d} h (4 h), {d} (8 h), b, {state}, {state}, {d} (3 h), {scale}, {scale}, {scale}, {scale}"
-        f" -> s {d} b h, {state}, {state}"
+        f"s b i, {d} i (4 h), {d} h (4 h), {d} (8 h), b, {state}, {state}, {d} (3 h),"
+        f" {scale}, {scale}, {scale}, {scale} -> s {d} b h, {state}, {state}"
     )
     macs = f"{d} 4 s b h i, {d} 4 s b h h"
     bound = Einsum(text, macs=macs, roles={"h": "hidden", "i": "neuron"}).bind(op)
     if not bound:
         return
     op.freeze(bound["s"], "DynamicQuantizeLSTM runs over time")
+    op.freeze(bound["b"], "DynamicQuantizeLSTM finds its scales over the batch")
     op.flow(bound["i"], [(0, 2)], leaving="sum", role="neuron")
     op.flow(bound["h"], [(2, 1)], leaving="sum", role="hidden")
     op.edit("hidden_size", None, bound["h"])

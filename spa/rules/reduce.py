@@ -177,6 +177,18 @@ def _reverse_sequence(op: Op) -> None:
 register("ReverseSequence", Rule(_reverse_sequence, "all axes pass but batch and time", FACTOR))
 
 
+def _det(op: Op) -> None:
+    x, y = op.input(0), op.output()
+    for d, dim in enumerate(x.dims if x is not None else ()):
+        if y is not None and d < len(y.dims):
+            op.axes.same(dim, y.dims[d])
+        else:
+            op.freeze(dim, "Det reads whole matrices")
+
+
+register("Det", Rule(_det, "leading axes pass, the last two are frozen"))
+
+
 def _nothing(op: Op) -> None:
     """Shape, Size: sizes are not coupled with the axes they are read from (the rewrite restores them)."""
     x = op.input(0)

@@ -8,7 +8,6 @@ REDUCTIONS = "ReduceSum ReduceMean ReduceL1 ReduceL2 ReduceSumSquare ReduceMax R
 LOGS = "ReduceLogSum ReduceLogSumExp"
 
 # fmt: off
-# ruff: noqa: E501 (one line per case)
 CASES = [
     *each(f"{REDUCTIONS} {LOGS}", "p:3x4x5 [1]", "012 - > 02"),
     *each(f"{REDUCTIONS} {LOGS}", "p:3x4x5 [-1,0]", "012 - > 0", keepdims=0),
@@ -43,6 +42,8 @@ CASES = [
     case("TopK", "3x4x5 [2]", "12 - > 12 12", axis=0, outs="11"),
     case("CumSum", "3x4 {1}", "0 - > 0"),
     case("CumSum", "3x4x5 {-2}", "02 - > 02", reverse=1, exclusive=1),
+    case("Det", "3x4x2x2", "01 > 01"),
+    case("Det", "3x3", "- > -"),
     case("Trilu", "3x4x5", "0 > 0"),
     case("Trilu", "3x4x5 {1}", "0 - > 0", upper=0),
     case("ReverseSequence", "3x4x5 [1,2,3,3]", "2 - > 2"),
