@@ -287,6 +287,7 @@ def main() -> int:
         repeats = min(options.repeats, 2) if name in DECODERS and name.startswith("llama-7b") else options.repeats
         results.append(measure(name, workers, repeats, not options.no_prune))
         print(name, *(f"{k} {v['cpu']:.3f}" for k, v in results[-1]["times"].items()), results[-1]["absent"] or "", file=sys.stderr)
+        write(options.json, {"results": results, "repeats": options.repeats})
     print("CPU / wall seconds, medians; ratios of CPU time\n")
     print(table(HEADINGS, [_row(result) for result in results]))
     for result in results:

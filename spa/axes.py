@@ -392,12 +392,29 @@ class _Solver:
 
     def _edges(self, take: _Take, solution: Solution) -> NDArray[np.int64] | None:
         target, source = self._signature(take.axis, solution), self._signature(take.source, solution)
+        if target is not None and source is not None:
+            source = source[take.index]
+            width = min(target.shape[1], source.shape[1])
+            target, source = self._varying(target, width, solution), self._varying(source, width, solution)
         if target is None or source is None or target.shape[1] != source.shape[1]:
             why = Reason("indexed across a reshaped axis")
             self.axes.freeze(take.axis, why)
             self.axes.freeze(take.source, why)
             return None
-        return np.stack([target.reshape(-1), source[take.index].reshape(-1)])
+        return np.stack([target.reshape(-1), source.reshape(-1)])
+
+    def _varying(self, signature: NDArray[np.int64], width: int, solution: Solution) -> NDArray[np.int64]:
+        """`signature` without the factors that are read at one position only, if `width` are left.
+
+        Every second position of n x 2 stands for the n positions as long as the pair stays: that factor is frozen.
+        """
+        varies = np.asarray((signature != signature[:1]).any(axis=0))
+        if signature.shape[1] == width or np.count_nonzero(varies) != width:
+            return signature
+        for position in signature[0, ~varies]:
+            leaf = int(np.searchsorted(solution.base, position, side="right")) - 1
+            solution.reasons.setdefault(leaf, Reason("a factor that is read at one position"))
+        return signature[:, varies]
 
     def _signature(self, axis: Axis, solution: Solution) -> NDArray[np.int64] | None:
         """Per position of `axis` the leaf positions it is made of, [n, factors]; None if ragged or symbolic."""

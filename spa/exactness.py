@@ -7,10 +7,12 @@ through the graph: a zeroed producer gives zero channels as long as every operat
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from spa.coupling import Coupling
-from spa.rules import Op, Operand, Rule
+from spa.rules import Op, Operand, Remap, Rule
 
 
 def poisonous(coupling: Coupling) -> set[ir.Value]:
@@ -29,10 +31,13 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
     """Leaves whose removal is not exact, each with the reason."""
     solution = coupling.solution
     zero: dict[ir.Value, set[int]] = {}
+    taken: dict[ir.Node, list[Remap]] = {}
+    for remap in coupling.relations.remaps:
+        taken.setdefault(remap.node, []).append(remap)
     for k, op in enumerate(coupling.ops):
         rule = coupling.rules.get(k)
         if rule is not None:
-            _forward(coupling, op, rule, zero, poison)
+            _forward(coupling, op, rule, taken.get(op.node, ()), zero, poison)
     known = {op.node: (op, coupling.rules.get(k)) for k, op in enumerate(coupling.ops)}
     out: dict[int, str] = {}
     for flow in coupling.relations.flows:
@@ -76,8 +81,21 @@ def _leaves(coupling: Coupling, operand: Operand) -> set[int]:
     return {leaf for axis in operand.dims for leaf in coupling.solution.leaves(axis)}
 
 
+def _follow(coupling: Coupling, zeros: set[int], remap: Remap) -> set[int]:
+    """Positions taken from zeros are zeros; what is frozen never leaves, and need not be zero."""
+    solution = coupling.solution
+    source = solution.leaves(remap.source)
+    loose = [leaf for leaf in source if not solution.frozen[solution.base[leaf] : solution.base[leaf + 1]].all()]
+    return set(solution.leaves(remap.target)) if zeros.issuperset(loose) else set()
+
+
 def _forward(
-    coupling: Coupling, op: Op, rule: Rule, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
+    coupling: Coupling,
+    op: Op,
+    rule: Rule,
+    taken: Sequence[Remap],
+    zero: dict[ir.Value, set[int]],
+    poison: set[ir.Value],
 ) -> None:
     when = rule.zero_of(op)
     if when.never:
@@ -86,6 +104,8 @@ def _forward(
     summands = present if when.all_of == "all" else [k for k in when.all_of if k in present]
     factors = [k for k in when.any_of if k in present]
     zeros = {k: _zeros(coupling, op, rule, k, zero, poison) for k in {*summands, *factors}}
+    for remap in taken:
+        zeros[0] = zeros[0] | _follow(coupling, zeros[0], remap)
     for k, operand in enumerate(op.outputs):
         if operand is None or (when.outputs and k not in when.outputs):
             continue

@@ -205,7 +205,10 @@ def prune(
         "seed": seed,
     }
     full: dict[Metric, float] = {"bytes": graph.file_bytes, "parameters": analysis.parameters}
-    most = {m: min(t.bound(full[m]) for t in targets if t.metric == m) for m in full if m in {t.metric for t in targets}}
+    most: dict[Metric, float] = {}
+    for t in targets:
+        if t.metric in full:
+            most[t.metric] = min(t.bound(full[t.metric]), most.get(t.metric, float("inf")))
     spare: dict[Metric, float] = {}
     while True:
         with clock.stage("plan"):

@@ -8,6 +8,13 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "the rule states this sum once more, by hand: zeros must stand in the left operand"
         ),
     },
+    "DynamicQuantizeLSTM": {
+        f"s b i, {d} i (4 h), {d} h (4 h), {d} (8 h), b, {d} b h, {d} b h, {d} (3 h), ~, ~, ~, ~ -> "
+        f"s {d} b h, {d} b h, {d} b h: i passes instead of sum": (
+            "the rule states this sum once more, by hand: zeros must stand in the left operand"
+        )
+        for d in (1, 2)
+    },
     "LSTM": {
         "zero: Zero(any_of=(4,), all_of=(), parts=False, never=False, outputs=())": (
             "a sequence of length 0 gives zeros: true, but lengths are never weights"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from spa import blocks, errors, external, graph, pipeline, store, verify, wire
+from spa import blocks, errors, external, graph, pipeline, store, wire
 from spa.graph import load, save
 
 MIB = 1 << 20
@@ -39,9 +39,9 @@ def network(width: int, layers: int, constants: bool = False, dtype: Any = np.fl
         nodes.append(helper.make_node("MatMul", [value, f"w{k}"], [f"h{k}"], f"product{k}"))
         nodes.append(helper.make_node("Relu", [f"h{k}"], [f"r{k}" if k + 1 < layers else "y"], f"relu{k}"))
         value = f"r{k}"
-    ends = [[helper.make_tensor_value_info(name, kind, ["n", width])] for name in ("x", "y")]
+    x, y = (helper.make_tensor_value_info(name, kind, ["n", width]) for name in ("x", "y"))
     return helper.make_model(
-        helper.make_graph(nodes, "net", *ends, tensors), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+        helper.make_graph(nodes, "net", [x], [y], tensors), opset_imports=[helper.make_opsetid("", 17)], ir_version=8
     )
 
 
@@ -49,14 +49,13 @@ def network(width: int, layers: int, constants: bool = False, dtype: Any = np.fl
 
 CHILD = """
 import json, sys, threading, time
-import onnxruntime, spa, spa.cli
+import spa
 
 def status(key):
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) * 1024
 
-spa.prune  # imports what pruning needs
-spa.load(sys.argv[1])
+spa.prune(sys.argv[1], target="params=0.7", output=sys.argv[3])  # imports what pruning needs
 base, anonymous, done = status("VmRSS"), [0], threading.Event()
 
 def sample():
@@ -83,7 +82,7 @@ print(json.dumps({
 @pytest.mark.parametrize("kind", ["single", "constants", "external"])
 def test_pruning_and_verifying_holds_few_weights(tmp_path: Path, kind: str) -> None:
     small, source = tmp_path / "small.onnx", tmp_path / "big.onnx"
-    onnx.save(network(8, 2), small)
+    onnx.save(network(64, 3), small)
     proto = network(1792, 12, kind == "constants")  # 147 MiB
     onnx.save(proto, source, save_as_external_data=kind == "external", location="big.onnx.data")
     size = sum(file.stat().st_size for file in tmp_path.glob("big*"))
@@ -92,6 +91,7 @@ def test_pruning_and_verifying_holds_few_weights(tmp_path: Path, kind: str) -> N
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     used = json.loads(done.stdout)
+    print(kind, {key: round(value / MIB) for key, value in used.items()})
     assert used["error"] < 1e-4
     # a block and its copies, one tensor, some pages that are mapped: the file's size does not matter
     assert used["anonymous"] < 80 * MIB
@@ -215,20 +215,19 @@ def test_splice_undoes_cut_and_refuses_what_is_no_weight() -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are treated like big ones."""
     monkeypatch.setattr(graph, "READ_WHOLE", 0)
     monkeypatch.setattr(blocks, "BLOCK", 1000)
-    monkeypatch.setattr(verify, "LARGE", 0)
-    return
+    monkeypatch.setattr(importlib.import_module("spa.verify"), "LARGE", 0)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int8])
 def test_tensors_in_blocks_are_the_tensors(dtype: Any) -> None:
     array = RNG.integers(-9, 9, (37, 5, 11)).astype(dtype)
-    base = ir.tensor(array, name="w")
-    rows = blocks.Blocked(lambda start, stop: array[start:stop], base.dtype, base.shape, "w")
-    lazy = ir.LazyTensor(lambda: base, base.dtype, base.shape, name="w")
+    base, shape = ir.tensor(array, name="w"), ir.Shape(array.shape)
+    rows = blocks.Blocked(lambda start, stop: array[start:stop], base.dtype, shape, "w")
+    lazy = ir.LazyTensor(lambda: base, base.dtype, shape, name="w")
     first, last = np.array([0, 3, 4, 30, 36]), np.array([1, 10])
     want = np.zeros_like(array[first][:, :, last])
     want[:, [0, 2, 3]] = array[first][:, :, last][:, [0, 2, 3]]
@@ -247,16 +246,19 @@ def test_tensors_in_blocks_are_the_tensors(dtype: Any) -> None:
 def test_mapped_models_prune_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constants: bool, outside: bool
 ) -> None:
-    source, whole, mapped = (tmp_path / f"{name}.onnx" for name in ("source", "whole", "mapped"))
+    folders = [tmp_path / name for name in ("source", "mapped", "whole")]
+    for folder in folders:
+        folder.mkdir()
+    source, mapped, whole = (folder / "m.onnx" for folder in folders)
     save(load(network(40, 3, constants)).model, source, external=outside)
     result = pipeline.prune(source, target="params=0.7", output=mapped)
     assert result.report.verify is not None
     assert result.report.verify.passed
     monkeypatch.undo()
     pipeline.prune(source, target="params=0.7", output=whole)
-    assert mapped.read_bytes().replace(b"mapped", b"whole") == whole.read_bytes() or not outside
-    assert constants or outside or mapped.read_bytes() == whole.read_bytes()
-    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+    written = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders[1:]]
+    assert written[0] == written[1]
+    assert set(written[0]) == ({"m.onnx", "m.onnx.data"} if outside and not constants else {"m.onnx"})
 
 
 @pytest.mark.usefixtures("tiny")
@@ -290,8 +292,7 @@ def test_models_are_unpacked_for_runtimes(tmp_path: Path) -> None:
     assert store.unpack(path, target) == target
     unpacked = onnx.load(target, load_external_data=False)
     assert [node.op_type for node in unpacked.graph.node] == ["MatMul", "Relu"] * 2
-    assert [entry.value for t in unpacked.graph.initializer for entry in t.external_data if entry.key == "offset"] == [
-        "0", "159744+4096".split("+")[0] if False else "163840",
-    ]
+    entries = [{entry.key: entry.value for entry in tensor.external_data} for tensor in unpacked.graph.initializer]
+    assert [entry["offset"] for entry in entries] == ["0", "163840"]  # 160 000 bytes, up to the next page
     path.write_bytes(b"\x3b\x3c")
     assert store.unpack(path, target) == path

@@ -54,6 +54,7 @@ def _quantized_lstm(op: Op) -> None:
     if not bound:
         return
     op.freeze(bound["s"], "DynamicQuantizeLSTM runs over time")
+    op.freeze(bound["b"], "DynamicQuantizeLSTM scales a whole batch by its extremes")
     op.freeze(bound["b"], "DynamicQuantizeLSTM finds its scales over the batch")
     op.flow(bound["i"], [(0, 2)], leaving="sum", role="neuron")
     op.flow(bound["h"], [(2, 1)], leaving="sum", role="hidden")

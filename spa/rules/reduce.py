@@ -186,7 +186,7 @@ def _det(op: Op) -> None:
             op.freeze(dim, "Det reads whole matrices")
 
 
-register("Det", Rule(_det, "leading axes pass, the last two are frozen"))
+register("Det", Rule(_det, "leading axes pass, the last two are frozen", FACTOR))
 
 
 def _nothing(op: Op) -> None:
