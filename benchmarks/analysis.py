@@ -2,12 +2,13 @@
 
     python benchmarks/analysis.py [NAME ...] [--repeats 5] [--peers PYTHON] [--json FILE]
 
-`spa` analysis is from a loaded graph to groups. Torch-Pruning 1.6.1 builds its dependency graph from the same network as a
-torch module (its forward pass included, as it cannot do without); its groups are listed by a second call, so both times
-are given: "TP build", and "TP groups" for graph and groups, which is what `spa` analysis does. onnxsim 0.8.1 has no analysis of its own:
-its structured pruning, in Python and in C++, is compared with `spa.prune` without verification, both from one
-`onnx.ModelProto` in memory to another. All tools run in processes of their own that live through the run, one thread each, and
-take turns within each repeat. CPU time is of all threads; medians over repeats, the first (cold) call apart.
+`spa` analysis is from a loaded graph to groups. Torch-Pruning 1.6.1 builds its dependency graph from the same
+network as a torch module (its forward pass included, as it cannot do without); its groups are listed by a second
+call, so both times are given: "TP build", and "TP groups" for graph and groups, which is what `spa` analysis does.
+onnxsim 0.8.1 has no analysis of its own: its structured pruning, in Python and in C++, is compared with `spa.prune`
+without verification, both from one `onnx.ModelProto` in memory to another. All tools run in processes of their own
+that live through the run, one thread each, and take turns within each repeat. CPU time is of all threads; medians
+over repeats, the first (cold) call apart.
 
 `--peers` (or $SPA_PEERS_PYTHON) is a Python with torch, torch-pruning, onnx, onnxsim and transformers.
 """
@@ -18,19 +19,19 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
 import numpy as np
-from measure import Times, Worker, clock, seconds, serve, table, write
+from measure import Times, Worker, brief, clock, seconds, serve, table, write
 from models import DECODERS, PEER_MODULES, build, example, module, needs, path_of
 
 GOALS = {"resnet50": 0.1, "vit-b16": 0.2, "bert-base": 0.2, "bert-base-hf": 0.2, "llama-7b": 2.0, "llama-7b-gqa": 2.0}
 STANDARD = (
     "resnet50", "resnet50-dynamo", "vgg16-bn", "mobilenet-v2", "densenet121", "efficientnet-b0", "convnext-t",
-    "vit-b16", "vit-b16-dynamo", "bert-base", "bert-base-hf", "bert-base-dynamo", "llama-narrow", "llama-7b", "llama-7b-gqa",
+    "vit-b16", "vit-b16-dynamo", "bert-base", "bert-base-hf", "bert-base-dynamo",
+    "llama-narrow", "llama-7b", "llama-7b-gqa",
 )  # fmt: skip
 DEPTHS = (2, 4, 8, 16, 32)
 LARGEST_FOR_ONNXSIM = 2**31  # it serializes the whole model
@@ -38,7 +39,7 @@ LARGEST_FOR_ONNXSIM = 2**31  # it serializes the whole model
 Rows = list[tuple[float, float]]
 
 
-# -- the workers: each keeps what it loaded last ------------------------------------------------------------------------
+# -- the workers: each keeps what it loaded last ----------------------------------------------------------------------
 
 
 def _spa() -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -52,8 +53,8 @@ def _spa() -> Callable[[dict[str, Any]], dict[str, Any]]:
 
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         path = question["path"]
-        load_cpu, load_wall, graph = clock(lambda: load(path))
-        cpu, wall, analysis = clock(lambda: analyze_model(graph.model))
+        load_cpu, load_wall, graph = clock(partial(load, path))
+        cpu, wall, analysis = clock(partial(analyze_model, graph.model))
         reply = {
             "load": [load_cpu, load_wall],
             "analysis": [cpu, wall],
@@ -73,7 +74,7 @@ def _spa() -> Callable[[dict[str, Any]], dict[str, Any]]:
                 reply["prune"] = [cpu, wall]
                 reply["stages"] = dict(result.report.seconds)
             except Exception as error:
-                reply["prune_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                reply["prune_error"] = brief(error)
         return reply
 
     return answer
@@ -98,7 +99,7 @@ def _torch_pruning() -> Callable[[dict[str, Any]], dict[str, Any]]:
             cpu, wall, groups = clock(lambda: list(graph.get_all_groups()))
             reply |= {"groups": [reply["build"][0] + cpu, reply["build"][1] + wall], "found": len(groups)}
         except Exception as error:
-            reply["groups_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            reply["groups_error"] = brief(error)
         return reply
 
     return answer
@@ -124,7 +125,7 @@ def _onnxsim() -> Callable[[dict[str, Any]], dict[str, Any]]:
                 reply[key] = [cpu, wall]
                 reply[f"{key}_left"] = _parameters(pruned) / before
             except Exception as error:
-                reply[f"{key}_error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+                reply[f"{key}_error"] = brief(error)
         return reply
 
     return answer
@@ -151,7 +152,7 @@ def made(names: list[str], python: str | None) -> list[str]:
                 build(name)
             elif python is not None:
                 script = Path(__file__).with_name("models.py")
-                subprocess.run([python, str(script), name], check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                subprocess.run([python, str(script), name], check=False, capture_output=True)
     for name in names:
         if not path_of(name).exists():
             print(f"{name}: skipped, it cannot be made here (needs {', '.join(needs(name))})", file=sys.stderr)
@@ -238,8 +239,8 @@ def _row(result: dict[str, Any]) -> list[str]:
 
 
 HEADINGS = (
-    "model", "nodes", "groups", "spa load", "spa analysis", "cold", "TP build", "/spa", "TP groups", "/spa", "spa prune", "onnxsim C++", "/spa",
-    "onnxsim Python", "/spa", "onnxsim kept",
+    "model", "nodes", "groups", "spa load", "spa analysis", "cold", "TP build", "/spa", "TP groups", "/spa",
+    "spa prune", "onnxsim C++", "/spa", "onnxsim Python", "/spa", "onnxsim kept",
 )  # fmt: skip
 
 
@@ -286,7 +287,8 @@ def main() -> int:
     for name in names:
         repeats = min(options.repeats, 2) if name in DECODERS and name.startswith("llama-7b") else options.repeats
         results.append(measure(name, workers, repeats, not options.no_prune))
-        print(name, *(f"{k} {v['cpu']:.3f}" for k, v in results[-1]["times"].items()), results[-1]["absent"] or "", file=sys.stderr)
+        times = [f"{key} {value['cpu']:.3f}" for key, value in results[-1]["times"].items()]
+        print(name, *times, results[-1]["absent"] or "", file=sys.stderr, flush=True)
         write(options.json, {"results": results, "repeats": options.repeats})
     print("CPU / wall seconds, medians; ratios of CPU time\n")
     print(table(HEADINGS, [_row(result) for result in results]))

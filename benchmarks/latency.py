@@ -2,8 +2,9 @@
 
     python benchmarks/latency.py [NAME ...] [--target macs=0.6] [--batch 1] [--seconds 30] [--json FILE]
 
-Each model is pruned twice to the same target, with `align=auto` and with `align=1`, and the three are timed by `spa.bench`,
-interleaved in one process. Fewer MACs are not always faster: odd widths can be slower than the model they came from.
+Each model is pruned twice to the same target, with `align=auto` and with `align=1`, and the three are timed by
+`spa.bench`, interleaved in one process. Fewer MACs are not always faster: odd widths can be slower than the model
+they came from.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from analysis import made
 from measure import table, write

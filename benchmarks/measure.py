@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # so that `spa` is found where it is not installed
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Worker:
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """One answer, or {"error": ...} (also when the process died)."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         try:
             self.process.stdin.write(json.dumps(question) + "\n")
             self.process.stdin.flush()
@@ -86,9 +89,14 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         try:
             reply = answer(json.loads(line))
         except BaseException as error:
-            reply = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+            reply = {"error": brief(error)}
         channel.write(json.dumps(reply) + "\n")
         channel.flush()
+
+
+def brief(error: BaseException) -> str:
+    """The error's kind and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 def machine() -> dict[str, Any]:
@@ -107,9 +115,12 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns."""
     cells = [list(headings), *[list(row) for row in rows]]
     widths = [max(len(row[k]) for row in cells) for k in range(len(headings))]
-    lines = ["| " + " | ".join(c.ljust(w) if not k else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))) + " |" for row in cells]
-    lines.insert(1, "|" + "|".join("-" * (w + 2) if not k else "-" * (w + 1) + ":" for k, w in enumerate(widths)) + "|")
-    return "\n".join(lines)
+    rule = ["-" * (w + 2) if not k else "-" * (w + 1) + ":" for k, w in enumerate(widths)]
+    lines = []
+    for row in cells:
+        padded = [c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join([lines[0], f"|{'|'.join(rule)}|", *lines[1:]])
 
 
 def seconds(value: float | None) -> str:

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--only NAME] [--json FILE]
 
-For each model: `spa.prune(target="params=0.7", check=False)`, the same with verification, and, as the floor, the imports
-alone. "Peak" is VmHWM (every resident page, mapped files included, which the kernel may drop at any time); "own" is the
-largest RssAnon seen, sampled every 5 ms: memory that must be there. Both are also given as multiples of the model's size
-(with external data) after subtracting the floor.
+For each model: `spa.prune(target="params=0.7", check=False)`, the same with verification, and, as the floor, the
+imports alone. "Peak" is VmHWM (every resident page, mapped files included, which the kernel may drop at any time);
+"own" is the largest RssAnon seen, sampled every 5 ms: memory that must be there. Both are also given as multiples
+of the model's size (with external data) after subtracting the floor.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
 from analysis import made
-from measure import seconds, table, write
+from measure import brief, seconds, table, write
 from models import path_of
 
 MODELS = ("resnet50", "decoder-1gb-single", "decoder-1gb", "decoder-3gb")
@@ -79,7 +77,7 @@ def child(mode: str, path: str, target: str) -> dict[str, Any]:
                 reply["seconds"] = dict(result.report.seconds)
                 reply["error"] = result.report.verify.max_rel_error if result.report.verify else None
             except Exception as error:
-                reply["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+                reply["failed"] = brief(error)
     reply["cpu"], reply["wall"] = time.process_time() - cpu, time.perf_counter() - wall
     sampler.running = False
     sampler.join()
@@ -128,19 +126,21 @@ def main() -> int:
                 verdict = "met" if found["peak"] / size <= GOAL else "met above floor" if over <= GOAL else "MISSED"
             rows.append(
                 [
-                    name, kind, f"{size / 1e6:,.0f}", mode, f"{found['peak'] / 1e6:,.0f}", f"{found['peak'] / size:.2f}x",
+                    name, kind, f"{size / 1e6:,.0f}", mode,
+                    f"{found['peak'] / 1e6:,.0f}", f"{found['peak'] / size:.2f}x",
                     f"{over:.2f}x", f"{found['own'] / 1e6:,.0f}", f"{own:.2f}x",
                     f"{seconds(found['cpu'])} / {seconds(found['wall'])}", verdict,
                 ]
             )  # fmt: skip
             print(" ".join(rows[-1]), file=sys.stderr, flush=True)
     headings = (
-        "model", "kind", "MB", "mode", "peak MB", "peak/file", "above floor", "own MB", "own above floor", "CPU / wall s",
-        f"goal {GOAL}x",
+        "model", "kind", "MB", "mode", "peak MB", "peak/file", "above floor", "own MB", "own above floor",
+        "CPU / wall s", f"goal {GOAL}x",
     )  # fmt: skip
     print(table(headings, rows))
     if results and "floor" in results[0]:
-        print(f"\nfloor (imports alone): {results[0]['floor']['peak'] / 1e6:,.0f} MB, own {results[0]['floor']['own'] / 1e6:,.0f} MB")
+        floor = results[0]["floor"]
+        print(f"\nfloor (imports alone): {floor['peak'] / 1e6:,.0f} MB, own {floor['own'] / 1e6:,.0f} MB")
     write(options.json, {"target": options.target, "results": results})
     return 0
 

@@ -2,12 +2,12 @@
 
     python benchmarks/models.py [NAME ...] [--cache FOLDER]
 
-Networks are written here (torchvision is not needed) and exported by `torch.onnx.export`; decoders of LLaMA's shape are
-written as ONNX directly, so that 27 GB of weights never exist: their data file is sparse, it has a size but no blocks.
-Files are kept in $SPA_BENCH_CACHE, by default `spa-benchmarks` in the temporary folder.
+Networks are written here (torchvision is not needed) and exported by `torch.onnx.export`; decoders of LLaMA's shape
+are written as ONNX directly, so that 27 GB of weights never exist: their data file is sparse, it has a size but no
+blocks. Files are kept in $SPA_BENCH_CACHE, by default `spa-benchmarks` in the temporary folder.
 
-This module needs torch for the exported networks only, and `transformers` for `bert-base-hf` and `llama-narrow` as modules;
-it never imports `spa`, so that the tools it is compared with can import it in an environment of their own.
+This module needs torch for the exported networks only, and `transformers` for `bert-base-hf` and `llama-narrow` as
+modules; it never imports `spa`, so that the tools it is compared with can import it in an environment of their own.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ def resnet50() -> Any:
     for stage, (width, depth) in enumerate(zip((64, 128, 256, 512), (3, 4, 6, 3), strict=True)):
         for block in range(depth):
             stride = 2 if stage and not block else 1
-            body = nn.Sequential(
-                _conv(cin, width), _conv(width, width, 3, stride), _conv(width, 4 * width, act="")
-            )
+            body = nn.Sequential(_conv(cin, width), _conv(width, width, 3, stride), _conv(width, 4 * width, act=""))
             shortcut = _conv(cin, 4 * width, 1, stride, act="") if not block else None
             layers.append(_residual(body, shortcut, nn.ReLU()))
             cin = 4 * width
@@ -157,7 +155,11 @@ def efficientnet_b0() -> Any:
         def __init__(self, width: int, squeeze: int) -> None:
             super().__init__()
             self.gate = nn.Sequential(
-                nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, squeeze, 1), nn.SiLU(), nn.Conv2d(squeeze, width, 1), nn.Sigmoid()
+                nn.AdaptiveAvgPool2d(1),
+                nn.Conv2d(width, squeeze, 1),
+                nn.SiLU(),
+                nn.Conv2d(squeeze, width, 1),
+                nn.Sigmoid(),
             )
 
         def forward(self, x: Any) -> Any:
@@ -391,7 +393,14 @@ def _export(name: str, path: Path, dynamo: bool) -> None:
             shapes = tuple({0: batch, 1: length} if text else {0: batch} for _ in inputs)
             inputs = tuple(torch.cat([x, x]) for x in inputs)
             program = torch.onnx.export(
-                net, inputs, None, dynamo=True, opset_version=18, input_names=names, dynamic_shapes=shapes, verbose=False
+                net,
+                inputs,
+                None,
+                dynamo=True,
+                opset_version=18,
+                input_names=names,
+                dynamic_shapes=shapes,
+                verbose=False,
             )
             program.save(str(path), external_data=False)
         else:
@@ -488,7 +497,13 @@ def write_decoder(path: Path, shape: Decoder) -> None:
     angle = g("Mul", g("Unsqueeze", where, "v1", name="column"), "frequency", name="angle")
     angles = g("Concat", angle, angle, name="angles", axis=-1)
     cos, sin = g("Cos", angles, name="cos"), g("Sin", angles, name="sin")
-    square = g("Concat", g("Unsqueeze", length, "v0", name="sq0"), g("Unsqueeze", length, "v0", name="sq1"), name="square", axis=0)
+    square = g(
+        "Concat",
+        g("Unsqueeze", length, "v0", name="sq0"),
+        g("Unsqueeze", length, "v0", name="sq1"),
+        name="square",
+        axis=0,
+    )
     mask = g("Trilu", g("Expand", "low", square, name="full"), "i1", name="mask", upper=1)
 
     def norm(x: str, name: str) -> str:
@@ -503,7 +518,12 @@ def write_decoder(path: Path, shape: Decoder) -> None:
     def reshape(x: str, name: str, *tail: str) -> str:
         like = g("Shape", x, name=f"{name}/Shape")
         dims = [
-            g("Unsqueeze", g("Gather", like, f"i{k}", name=f"{name}/Gather{k}", axis=0), "v0", name=f"{name}/Unsqueeze{k}")
+            g(
+                "Unsqueeze",
+                g("Gather", like, f"i{k}", name=f"{name}/Gather{k}", axis=0),
+                "v0",
+                name=f"{name}/Unsqueeze{k}",
+            )
             for k in (0, 1)
         ]
         return g("Reshape", x, g("Concat", *dims, *tail, name=f"{name}/Concat", axis=0), name=f"{name}/Reshape")
@@ -515,15 +535,24 @@ def write_decoder(path: Path, shape: Decoder) -> None:
         low = g("Slice", x, "v0", "half", "v3", "v1", name=f"{name}/low")
         high = g("Slice", x, "half", "end", "v3", "v1", name=f"{name}/high")
         turned = g("Concat", g("Neg", high, name=f"{name}/neg"), low, name=f"{name}/turned", axis=-1)
-        return g("Add", g("Mul", x, cos, name=f"{name}/cos"), g("Mul", turned, sin, name=f"{name}/sin"), name=f"{name}/rope")
+        return g(
+            "Add", g("Mul", x, cos, name=f"{name}/cos"), g("Mul", turned, sin, name=f"{name}/sin"), name=f"{name}/rope"
+        )
 
     def repeat(x: str, name: str) -> str:
         times = shape.heads // shape.kv_heads
         if times == 1:
             return x
         like = g("Shape", x, name=f"{name}/kvShape")
-        b, k, n, d = (g("Slice", like, f"v{j}", f"v{j + 1}" if j < 3 else "end", "v0", name=f"{name}/dim{j}") for j in range(4))
-        wide = g("Expand", g("Unsqueeze", x, "v2", name=f"{name}/kvUnsqueeze"), g("Concat", b, k, "times", n, d, name=f"{name}/kvDims", axis=0), name=f"{name}/kvExpand")
+        b, k, n, d = (
+            g("Slice", like, f"v{j}", f"v{j + 1}" if j < 3 else "end", "v0", name=f"{name}/dim{j}") for j in range(4)
+        )
+        wide = g(
+            "Expand",
+            g("Unsqueeze", x, "v2", name=f"{name}/kvUnsqueeze"),
+            g("Concat", b, k, "times", n, d, name=f"{name}/kvDims", axis=0),
+            name=f"{name}/kvExpand",
+        )
         flat = g("Concat", b, g("Mul", k, "times", name=f"{name}/kvHeads"), n, d, name=f"{name}/kvFlat", axis=0)
         return g("Reshape", wide, flat, name=f"{name}/kvReshape")
 
@@ -571,7 +600,7 @@ DECODERS: dict[str, Decoder] = {
     "decoder-1gb": Decoder(layers=16, width=1024, heads=16, kv_heads=16, hidden=4096, vocabulary=1000, random=True),
     "decoder-3gb": Decoder(layers=16, width=2048, heads=16, kv_heads=16, hidden=5632, vocabulary=4000, random=True),
 }
-"""Decoders by name; `llama-7b*` have LLaMA-7B's sizes (27 GB that take no disk), `llama-narrow*` an eighth of its width."""
+"""Decoders by name; `llama-7b*` have LLaMA-7B's sizes (27 GB that take no disk), `llama-narrow*` 1/8 of its width."""
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -615,7 +644,8 @@ def needs(name: str) -> Sequence[str]:
     """Packages that building a model takes."""
     if name in DECODERS or name == "decoder-1gb-single":
         return ("onnx",)
-    return ("torch", "onnx", *(("onnxscript",) if name.endswith("-dynamo") else ()), *(("transformers",) if "-hf" in name else ()))
+    exporter = ("onnxscript",) if name.endswith("-dynamo") else ()
+    return ("torch", "onnx", *exporter, *(("transformers",) if "-hf" in name else ()))
 
 
 NAMES = (

@@ -2,13 +2,13 @@
 
     python benchmarks/zoo.py [--only PATTERN] [--scope exact|all] [--target macs=0.7] [FOLDER]
 
-FOLDER (default: $SPA_DATA) holds `.onnx` files; beside each may lie an `.npz` with one array `in:NAME` per input, and a
-`manifest.json` with a list `models` of objects with `name` and `file`. Each model runs in a process of its own, so that a
-crash or an endless loop costs one row. Where the target lies below what a model allows, the best point that the error
-names is taken instead.
+FOLDER (default: $SPA_DATA) holds `.onnx` files; beside each may lie an `.npz` with one array `in:NAME` per input,
+and a `manifest.json` with a list `models` of objects with `name` and `file`. Each model runs in a process of its
+own, so that a crash or an endless loop costs one row. Where the target lies below what a model allows, the best
+point that the error names is taken instead.
 
-The second check ("outside") knows nothing of `spa` but the plan: it zeroes the named slices in the original file with
-plain `onnx` and runs both files in ONNX Runtime.
+The second check ("outside") knows nothing of `spa` but the plan: it zeroes the named slices in the original file
+with plain `onnx` and runs both files in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import measure  # also makes `spa` importable
 import numpy as np
 import onnx
-from onnx import numpy_helper
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import onnxruntime as ort
+from onnx import numpy_helper
 
 import spa.pipeline as spa
 from spa.errors import SpaError, TargetError
@@ -143,9 +141,9 @@ def _unloadable(path: Path) -> str | None:
 
 
 def outside_error(original: Path, pruned: Path, plan: Plan, inputs: Path | None) -> tuple[float, float]:
-    """Largest relative difference of the pruned model from the original with the plan's slices zeroed, and from the original.
+    """Largest relative differences of the pruned model: from the original with the plan's slices zeroed, and as it was.
 
-    The second tells whether the first means something: a model whose output does not depend on its weights passes always.
+    The second tells whether the first means something: a model whose output ignores its weights passes always.
     """
     body = json.loads(plan.to_json())
     model = onnx.load(str(original))
@@ -177,21 +175,12 @@ def _difference(wide: list[Any], slim: list[Any]) -> float:
 def zero_slices(model: onnx.ModelProto, removed: list[dict[str, Any]]) -> None:
     """Zero the slices in place; uses that are named get a copy of their own."""
     for graph in _graphs(model.graph):
-        tensors = {t.name: t for t in graph.initializer}
-        tensors |= {n.output[0]: a.t for n in graph.node if n.op_type == "Constant" for a in n.attribute if a.name == "value"}
+        tensors = _tensors(graph)
         for entry in removed:
             if entry["consumers"] is None and entry["initializer"] in tensors:
                 _blank(tensors[entry["initializer"]], entry)
     named = [entry for entry in removed if entry["consumers"] is not None]
-    everywhere = {t.name: t for graph in _graphs(model.graph) for t in graph.initializer}
-    everywhere |= {
-        n.output[0]: a.t
-        for graph in _graphs(model.graph)
-        for n in graph.node
-        if n.op_type == "Constant"
-        for a in n.attribute
-        if a.name == "value"
-    }
+    everywhere = {name: tensor for graph in _graphs(model.graph) for name, tensor in _tensors(graph).items()}
     for graph in list(_graphs(model.graph)):
         for node in graph.node:
             for slot, name in enumerate(node.input):
@@ -215,6 +204,13 @@ def _blank(tensor: onnx.TensorProto, entry: Mapping[str, Any]) -> None:
     array[(slice(None),) * entry["axis"] + (entry["indices"],)] = 0
     name = tensor.name
     tensor.CopyFrom(numpy_helper.from_array(array, name))
+
+
+def _tensors(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Initializers, and constants under the names of their outputs."""
+    constants = [node for node in graph.node if node.op_type == "Constant"]
+    found = {tensor.name: tensor for tensor in graph.initializer}
+    return found | {n.output[0]: a.t for n in constants for a in n.attribute if a.name == "value"}
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -302,7 +298,10 @@ def run_all(paths: list[Path], options: argparse.Namespace, done: Callable[[Row]
 # -- output ----------------------------------------------------------------------------------------------------------
 
 _COLUMNS = "{:32} {:8} {:>11} {:>6} {:>6} {:>6} {:>4} {:>5} {:>7} {:>7} {:>7} {:>5} {:>5}  {}"
-_HEADINGS = tuple("model state parameters prun. macs params grp units error outside effect anal. total note".split())
+_HEADINGS = (
+    "model", "state", "parameters", "prun.", "macs", "params", "grp", "units", "error", "outside", "effect", "anal.",
+    "total", "note",
+)  # fmt: skip
 
 
 def _line(row: Row, width: int) -> str:
@@ -334,6 +333,8 @@ def summary(rows: list[Row], seconds: float) -> dict[str, Any]:
     states = Counter(row["state"] for row in rows)
     loaded = [row for row in rows if row["state"] != "no-ort"]
     with_share = [row for row in loaded if row.get("prunable") is not None]
+    low = [row for row in with_share if row["prunable"] < _GOAL_PRUNABLE]
+    inexact = [row["name"] for row in rows if max(row.get("error") or 0, row.get("outside") or 0) > _GOAL_ERROR]
     return {
         "models": len(rows),
         "states": dict(states),
@@ -342,10 +343,10 @@ def summary(rows: list[Row], seconds: float) -> dict[str, Any]:
         "exact_scope": sum(bool(row.get("exact")) for row in rows),
         "worst_error": max((row["error"] for row in rows if row.get("error") is not None), default=None),
         "worst_outside": max((row["outside"] for row in rows if row.get("outside") is not None), default=None),
-        "above_1e-4": [row["name"] for row in rows if max(row.get("error") or 0, row.get("outside") or 0) > _GOAL_ERROR],
+        "above_1e-4": inexact,
         "no_effect": [row["name"] for row in rows if row.get("effect") is not None and row["effect"] < _GOAL_ERROR],
-        "prunable_at_least_95%": sum(row["prunable"] >= _GOAL_PRUNABLE for row in with_share),
-        "prunable_below_95%": {row["name"]: round(row["prunable"], 4) for row in with_share if row["prunable"] < _GOAL_PRUNABLE},
+        "prunable_at_least_95%": len(with_share) - len(low),
+        "prunable_below_95%": {row["name"]: round(row["prunable"], 4) for row in low},
         "analyze_seconds": sum(row.get("analyze", 0.0) for row in rows),
         "seconds": seconds,
     }
@@ -354,7 +355,9 @@ def summary(rows: list[Row], seconds: float) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=os.environ.get("SPA_DATA"), help="default: $SPA_DATA")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="name, part of one, or a pattern")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="name, part of one, or a pattern"
+    )
     parser.add_argument("--target", default="macs=0.7")
     parser.add_argument("--scope", choices=("exact", "all"), default="exact")
     parser.add_argument("--criterion", default="l2")
@@ -394,7 +397,7 @@ def main() -> int:
     print("* = the best reachable point; error = spa's verification, outside = the check that knows only the plan,")
     print("effect = how far the pruned model is from the original: without an effect the checks prove nothing")
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options), "rows": rows, "summary": total}, indent=1, default=str))
+        measure.write(options.json, {"options": vars(options), "rows": rows, "summary": total})
     return 1 if bad else 0
 
 

@@ -7,8 +7,6 @@ through the graph: a zeroed producer gives zero channels as long as every operat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 
 from spa.coupling import Coupling
@@ -31,13 +29,10 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
     """Leaves whose removal is not exact, each with the reason."""
     solution = coupling.solution
     zero: dict[ir.Value, set[int]] = {}
-    taken: dict[ir.Node, list[Remap]] = {}
-    for remap in coupling.relations.remaps:
-        taken.setdefault(remap.node, []).append(remap)
     for k, op in enumerate(coupling.ops):
         rule = coupling.rules.get(k)
         if rule is not None:
-            _forward(coupling, op, rule, taken.get(op.node, ()), zero, poison)
+            _forward(coupling, op, rule, zero, poison)
     known = {op.node: (op, coupling.rules.get(k)) for k, op in enumerate(coupling.ops)}
     out: dict[int, str] = {}
     for flow in coupling.relations.flows:
@@ -90,12 +85,7 @@ def _follow(coupling: Coupling, zeros: set[int], remap: Remap) -> set[int]:
 
 
 def _forward(
-    coupling: Coupling,
-    op: Op,
-    rule: Rule,
-    taken: Sequence[Remap],
-    zero: dict[ir.Value, set[int]],
-    poison: set[ir.Value],
+    coupling: Coupling, op: Op, rule: Rule, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
 ) -> None:
     when = rule.zero_of(op)
     if when.never:
@@ -104,8 +94,9 @@ def _forward(
     summands = present if when.all_of == "all" else [k for k in when.all_of if k in present]
     factors = [k for k in when.any_of if k in present]
     zeros = {k: _zeros(coupling, op, rule, k, zero, poison) for k in {*summands, *factors}}
-    for remap in taken:
-        zeros[0] = zeros[0] | _follow(coupling, zeros[0], remap)
+    for remap in coupling.relations.remaps:
+        if remap.node is op.node and 0 in zeros:
+            zeros[0] = zeros[0] | _follow(coupling, zeros[0], remap)
     for k, operand in enumerate(op.outputs):
         if operand is None or (when.outputs and k not in when.outputs):
             continue

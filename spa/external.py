@@ -201,9 +201,7 @@ class _Detacher:
         target.external_data.add(key="location", value=f"{_MARK}{len(self.weights)}")
         self.weights.append(tensor)
 
-    def external(
-        self, what: str, source: onnx.TensorProto, dtype: ir.DataType, shape: ir.Shape
-    ) -> ir.LazyTensor:
+    def external(self, what: str, source: onnx.TensorProto, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
         try:
             info = ExternalDataInfo(source)
         except ValueError as error:
@@ -271,14 +269,10 @@ class _Detacher:
         except Exception as error:
             raise ModelError(f"{what} has malformed values or indices; export the model again.") from error
         raw = ir.Tensor(dense, dtype, name=sparse.values.name).tobytes()
-        self.tensor(
-            onnx.TensorProto(name=sparse.values.name, dims=dims, data_type=int(dtype), raw_data=raw), target
-        )
+        self.tensor(onnx.TensorProto(name=sparse.values.name, dims=dims, data_type=int(dtype), raw_data=raw), target)
 
 
-def _check_length(
-    what: str, source: onnx.TensorProto, raw: int | None, dtype: ir.DataType, count: int
-) -> None:
+def _check_length(what: str, source: onnx.TensorProto, raw: int | None, dtype: ir.DataType, count: int) -> None:
     """Compare the bytes of `raw_data`, or the values of another field, with the shape."""
     if raw is not None and dtype != ir.DataType.STRING:
         have, need = raw, {-(-count * dtype.bitwidth // 8)}
@@ -370,10 +364,18 @@ def lighten(model: ir.Model, *, attributes: bool = False) -> tuple[onnx.ModelPro
             if _is_heavy(tensor):
                 undo.append(reset)
                 mark, name, shape = f"{_MARK}{len(weights)}", tensor.name or "", ir.Shape(tensor.shape.numpy())
-                assign(ir.ExternalTensor(
-                    mark, None, None, tensor.dtype, shape=shape, name=name,
-                    doc_string=tensor.doc_string, metadata_props=dict(tensor.metadata_props),
-                ))
+                assign(
+                    ir.ExternalTensor(
+                        mark,
+                        None,
+                        None,
+                        tensor.dtype,
+                        shape=shape,
+                        name=name,
+                        doc_string=tensor.doc_string,
+                        metadata_props=dict(tensor.metadata_props),
+                    )
+                )
                 weights.append(tensor)
         proto = ir.to_proto(model)
     finally:

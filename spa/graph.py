@@ -144,9 +144,7 @@ def _parsed(file: File, label: str) -> Detached:
     try:
         proto.ParseFromString(file.read(0, file.size).tobytes())
     except DecodeError as error:
-        raise ModelError(
-            f"{label}: not an ONNX model, or truncated or damaged; copy or export it again."
-        ) from error
+        raise ModelError(f"{label}: not an ONNX model, or truncated or damaged; copy or export it again.") from error
     return _detached(proto, label, file.path.parent)
 
 

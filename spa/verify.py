@@ -202,14 +202,24 @@ class _Masker:
                     value = self._spread(value, self._mask_of(node, slot, d, leaves, output=True), d)
 
     def _resize(self, node: ir.Node, leaves: set[int]) -> None:
-        """Sizes in attributes (hidden_size, N, K) follow the survivors."""
+        """Sizes in attributes (hidden_size, N, K) follow the survivors, defaults that depend on a size do not."""
         counts = self.solution.counts(self._only(leaves))
+        attributes = self.twin.node(node).attributes
         for edit in self.coupling.relations.edits:
-            if edit.node is not node or not isinstance(edit.slot, str) or edit.entry is not None:
+            if edit.node is not node or not isinstance(edit.slot, str):
                 continue
             size = sum((self.solution.size(a, counts) for a in edit.axes), start=0)
-            if isinstance(size, int):
-                self.twin.node(node).attributes[edit.slot] = ir.AttrInt64(edit.slot, size)
+            if not isinstance(size, int):
+                continue
+            if edit.entry is None:
+                attributes[edit.slot] = ir.AttrInt64(edit.slot, size)
+            elif edit.slot in attributes:
+                entries = list(attributes[edit.slot].as_ints())
+                entries[edit.entry] = size
+                attributes[edit.slot] = ir.AttrInt64s(edit.slot, entries)
+        for pin in self.coupling.relations.pins:
+            if pin.node is node:
+                attributes[pin.attribute] = ir.AttrFloat32(pin.attribute, pin.value)
 
     def _gather(self, value: ir.Value, index: NDArray[np.int64], axis: int, before: ir.Node) -> ir.Value:
         constant = self.twin.constant(ir.tensor(index), "kept", like=value)

@@ -55,7 +55,7 @@ class Law:
     def __init__(self, subject: Subject, engine: str = "") -> None:
         self.subject = subject
         self.engine = engine or engine_for(subject)
-        self.model = ir.from_proto(subject.with_arrays(subject.arrays))
+        self.model = subject.model
         self.analysis: Analysis = analyze_model(self.model, border=False)
         self.coupling = self.analysis.coupling
         self.solution = self.coupling.solution

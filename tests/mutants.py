@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from spa.axes import Axes
@@ -57,6 +57,8 @@ class Mutant:
     """The whole rule, replaced."""
     zero: Zero | None = None
     """The promise about zeros, replaced."""
+    cases: frozenset[Case] | None = None
+    """The cases that it can show in; all if None."""
 
 
 @dataclass
@@ -93,7 +95,7 @@ def _watched(mutant: Mutant | None, sites: set[Site], texts: dict[Text, None]) -
 
         def call(self: Any, *args: Any, **options: Any) -> None:
             code = sys._getframe(1)
-            file = Path(code.f_code.co_filename).name
+            file = os.path.basename(code.f_code.co_filename)
             site = (verb, file, code.f_lineno)
             inside = file in _SHARED
             if not inside:
@@ -172,24 +174,30 @@ def _installed(rule: Rule, broken: Rule) -> Iterator[None]:
 
 def mutants(rule: Rule, cases: Sequence[Case]) -> list[Mutant]:
     """All mutants of a rule, as far as its cases show what it does."""
-    sites: set[Site] = set()
-    texts: dict[Text, None] = {}
+    sites: dict[Site, set[Case]] = {}
+    texts: dict[Text, set[Case]] = {}
+    for spec in cases:
+        seen: tuple[set[Site], dict[Text, None]] = (set(), {})
 
-    def recorded(op: Op) -> None:
-        with _watched(None, sites, texts):
-            rule.apply(op)
+        def recorded(op: Op, seen: tuple[set[Site], dict[Text, None]] = seen) -> None:
+            with _watched(None, *seen):
+                rule.apply(op)
 
-    with _installed(rule, dataclasses.replace(rule, apply=recorded)):
-        for spec in cases:
+        with _installed(rule, dataclasses.replace(rule, apply=recorded)):
             Law(spec.subject, spec.engine)
+        for site in seen[0]:
+            sites.setdefault(site, set()).add(spec)
+        for text in seen[1]:
+            texts.setdefault(text, set()).add(spec)
     out = [
         Mutant("everything passes", apply=_elementwise),
         Mutant("nothing is frozen", verbs=frozenset({"freeze"})),
         *(Mutant(f"no {verb}", verbs=frozenset({verb})) for verb in ("edit", "pin", "remap")),
-        *(Mutant(f"without {verb} at {file}:{line}", site=(verb, file, line)) for verb, file, line in sorted(sites)),
     ]
-    for text in texts:
-        out.extend(_text_mutants(text))
+    for (verb, file, line), where in sorted(sites.items(), key=lambda item: item[0]):
+        out.append(Mutant(f"without {verb} at {file}:{line}", site=(verb, file, line), cases=frozenset(where)))
+    for text, where in texts.items():
+        out.extend(dataclasses.replace(mutant, cases=frozenset(where)) for mutant in _text_mutants(text))
     out.extend(Mutant(f"zero: {zero}", zero=zero) for zero in _promises(rule, cases))
     return out
 
@@ -307,6 +315,8 @@ def _kill(rule: Rule, mutant: Mutant, cases: Sequence[Case], sound: Sequence[Any
     verdicts = []
     with _installed(rule, dataclasses.replace(rule, apply=broken, zero=mutant.zero or rule.zero)):
         for spec, before in zip(cases, sound, strict=True):
+            if mutant.cases is not None and spec not in mutant.cases:
+                continue
             try:
                 law = Law(spec.subject, spec.engine)
                 if said(law) == before if mutant.zero is None else not _promises_more(law, rule, mutant.zero):

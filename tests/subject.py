@@ -46,7 +46,7 @@ FLOAT16 = Tolerance(4e-3, "float16 keeps 11 bits, bfloat16 accumulates in float3
 QUANTISED = Tolerance(0.02, "a value on the border between two quantisation steps may fall on either side")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One operator with operands, and what must be prunable."""
 
@@ -118,6 +118,11 @@ class Subject:
     tolerance: Tolerance
     zeros: Mapping[str, int] = field(default_factory=dict)
     carriers: tuple[int, ...] = ()
+
+    @cached_property
+    def model(self) -> ir.Model:
+        """The model that is analysed; nothing changes it."""
+        return ir.from_proto(self.with_arrays(self.arrays))
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> onnx.ModelProto:
         """The model for arrays of any shape."""

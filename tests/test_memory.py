@@ -123,7 +123,10 @@ def everything() -> onnx.ModelProto:
     """Weights at every place of a model."""
     inner = network(40, 2, constants=True)
     branch = helper.make_graph(
-        inner.graph.node, "branch", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 40])],
+        inner.graph.node,
+        "branch",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 40])],
         network(40, 1).graph.initializer,
     )
     proto = network(40, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from spa.axes import Axis
-from spa.rules.base import Op, Rule, Zero, register
+from spa.rules.base import Leaving, Op, Rule, Zero, register
 from spa.rules.notation import Einsum
 
 MS = "com.microsoft"
@@ -33,11 +33,13 @@ def _scores(op: Op, axis: Axis, past: int) -> None:
 def _bind(op: Op, text: str, sizes: dict[str, int], past: int, scale: str = "scale") -> None:
     """Bind a notation with names b s t p u (tokens), h r (heads), d e (dims); keep the softmax scale."""
     roles = dict(ROLES) if sizes.get("r", 1) > 1 else {**ROLES, "h": "head"}
-    bound = Einsum(text, sizes, leaving={"d": "pass"}, macs="b h r s t d, b h r s t e", roles=roles).bind(op)
+    passing: dict[str, Leaving] = {"d": "pass", "w": "pass"}
+    bound = Einsum(text, sizes, leaving=passing, macs="b h r s t d, b h r s t e", roles=roles).bind(op)
     if not bound:
         return
     _tokens(op, bound)
-    _scores(op, bound["d"], past)
+    if "w" not in bound:
+        _scores(op, bound["d"], past)
     head_dim = op.axes.size(bound["d"])
     if not op.attr(scale) and isinstance(head_dim, int):
         op.pin(scale, 1.0 / math.sqrt(head_dim), bound["d"])
@@ -79,9 +81,11 @@ register(
 
 
 def _packed_attention(op: Op) -> None:
-    """com.microsoft::Attention: one weight matrix for q, k and v."""
+    """com.microsoft::Attention and QAttention: one weight matrix for q, k and v."""
+    quantised = op.node.op_type == "QAttention"
+    columns, mask_slot, refused = ((2, 4, 7), 5, (8,)) if quantised else ((2,), 3, (4, 5, 6))
     heads = int(op.attr("num_heads"))
-    weight, bias = op.input(1), op.input(2)
+    weight = op.input(1)
     sizes = op.attr("qkv_hidden_sizes")
     if weight is None or not isinstance(weight.shape[1], int):
         op.freeze_all("Attention with a weight of unknown shape")
@@ -93,14 +97,14 @@ def _packed_attention(op: Op) -> None:
     if not sizes:
         axes.same(d, e)
     parts = [axes.product_of(p) for p in ((h, d), (h, d), (h, e))]
-    for operand in (weight, bias):
-        if operand is not None:
+    for operand in (weight, *(op.input(k) for k in columns)):
+        if operand is not None and operand.dims and operand.shape[-1] == total:
             axes.cat(operand.dims[-1], parts)
     x, y = op.input(0), op.output(0)
-    if x is None or y is None or any(op.input(k) is not None for k in (4, 5, 6)) or op.output(1) is not None:
+    if x is None or y is None or any(op.input(k) is not None for k in refused) or op.output(1) is not None:
         op.freeze_all("Attention with a past, a bias or a mask per head")
         return
-    mask = op.input(3)
+    mask = op.input(mask_slot)
     for operand, dims in ((x, 2), (y, 2)):
         for dim in operand.dims[:dims]:
             op.freeze(dim, "Attention runs a softmax over tokens")
@@ -126,6 +130,16 @@ def _packed_attention(op: Op) -> None:
 register(
     "Attention",
     Rule(_packed_attention, "b s c, c ((h d) (h d) (h e)) -> b s (h e)", Zero(any_of=(1,), all_of=(2,))),
+    domain=MS,
+)
+register(
+    "QAttention",
+    Rule(
+        _packed_attention,
+        "b s c, c ((h d) (h d) (h d)), quantised -> b s (h d)",
+        Zero(any_of=(1, 4), all_of=(2,)),
+        points={0: 6, 1: 7},
+    ),
     domain=MS,
 )
 
@@ -163,21 +177,30 @@ register(
 
 def _group_query(op: Op) -> None:
     q, k, v = (op.input(n) for n in range(3))
-    if q is None or k is None or v is None:
-        op.freeze_all("GroupQueryAttention with packed tensors")
+    if q is None or (k is None) != (v is None):
+        op.freeze_all("GroupQueryAttention without queries or values")
         return
     heads, kv = int(op.attr("num_heads")), int(op.attr("kv_num_heads"))
     lengths = op.input(5)
     last = "b ~" if lengths is not None and len(lengths.dims) == 2 else "b"
+    queries = "b s (h r d)" if k is not None else "b s w"
     text = (
-        f"b s (h r d), b t (h d), b t (h d), b h p d, b h p d, {last}, ~, ~, ~, b s, b (h r) s m, (h r)"
+        f"{queries}, b t (h d), b t (h d), b h p d, b h p d, {last}, ~, ~, ~, b s, b (h r) s m, (h r)"
         " -> b s (h r d), b h u d, b h u d"
     )
     _bind(op, text, {"h": kv, "r": heads // kv}, 3)
     # the kernel reads its rotary tables and caches by head size
-    head_dim = op.axes.leaf(q.shape[2] // heads)
-    op.axes.prod(q.dims[2], [op.axes.leaf(heads), head_dim])
+    y = op.output()
+    if y is None:
+        return
+    group, head_dim = op.axes.leaf(heads // kv), op.axes.leaf(y.shape[2] // heads)
+    every = op.axes.leaf(kv)
+    op.axes.prod(y.dims[2], [every, group, head_dim])
     op.freeze(head_dim, "GroupQueryAttention needs whole heads")
+    if k is None:
+        # queries, keys and values side by side
+        one = op.axes.product_of([every, head_dim])
+        op.axes.cat(q.dims[2], [op.axes.product_of([every, group, head_dim]), one, one])
 
 
 register(

@@ -82,6 +82,17 @@ register(
     ),
     domain="com.microsoft",
 )
+register(
+    "QEmbedLayerNormalization",
+    einsum(
+        f"~, ~, ~ c, ~ c, ~ c, c, c{', ~' * 11} -> ~ c, ~",
+        zero=Zero(any_of=(5,), all_of=(6,), outputs=(0,)),
+        leaving={"c": _STAT},
+        roles=_HIDDEN,
+        points={5: 16, 6: 17},
+    ),
+    domain="com.microsoft",
+)
 
 
 def _over_axes(op: Op) -> None:

@@ -79,6 +79,7 @@ class Einsum:
     """Unit kinds of names (h -> head)."""
 
     def __call__(self, op: Op) -> None:
+        """State the relations of `op`."""
         self.bind(op)
 
     def bind(self, op: Op) -> dict[str, Axis]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spa.rules.base import FACTOR, NEVER, Op, Operand, Rule, Zero, register
 from spa.rules.notation import Attr, Einsum, einsum
+from spa.symbols import exact_div, is_static
 
 MS = "com.microsoft"
 
@@ -100,6 +101,38 @@ def _qlinear_concat(op: Op) -> None:
 
 
 register("QLinearConcat", Rule(_qlinear_concat, "out axis = inputs laid end to end", NEVER), domain=MS)
+
+
+def _gather_blocks(op: Op) -> None:
+    """Rows of a quantised table, unpacked; blocks run along the last axis."""
+    table, index, scales, zeros = (op.input(k) for k in range(4))
+    block = int(op.attr("block_size", 128))
+    if table is None or index is None or scales is None or len(table.dims) != 2 or not is_static(scales.shape[1]):
+        op.freeze_all("GatherBlockQuantized of a table that is not a matrix")
+        return
+    blocks = int(scales.shape[1])  # type: ignore[arg-type]  # static, checked above
+    width = exact_div(table.shape[1], blocks)
+    if width is None or int(op.attr("gather_axis", 0)) or int(op.attr("quantize_axis", 1)) not in (1, -1):
+        op.freeze_all("GatherBlockQuantized along other axes, or with a last block that is not full")
+        return
+    rows = " ".join(f"i{k}" for k in range(len(index.dims)))
+    points = "~" if zeros is None or zeros.shape[1] == blocks else "~ z"
+    bound = Einsum(
+        f"~ (q {width}), {rows}, ~ q, {'~ q' if points == '~' else points} -> {rows} (q {block})",
+        {"q": blocks},
+        leaving={"q": "pass", "z": "pass"},
+        roles={"q": "hidden"},
+    ).bind(op)
+    if "z" in bound:
+        op.freeze(bound["z"], "packed zero points")
+        op.freeze(bound["q"], "packed zero points")
+
+
+register(
+    "GatherBlockQuantized",
+    Rule(_gather_blocks, "~ (q w), i, ~ q, ~ q -> i (q w), w the block", Zero(any_of=(2,)), selects=True),
+    domain=MS,
+)
 
 
 def _matmul_bnb4(op: Op) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import onnx_ir as ir
+
 from spa.shapes.basic import SHAPES as BASIC
 from spa.shapes.basic import joint
 from spa.shapes.op import Op, Result, Shape, Table, merge
@@ -118,7 +120,7 @@ def _attention(op: Op) -> Result:
     return [y, (*present, width_k), (*present, width_v), (q[0], heads, rows, total)]
 
 
-@SHAPES.rule("Attention", MS)
+@SHAPES.rule("Attention QAttention", MS)
 def _ms_attention(op: Op) -> Result:
     x, w = op.shape(0), op.shape(1)
     if x is None or len(x) != 3:
@@ -183,6 +185,25 @@ def _embed_norm(op: Op) -> Result:
     y: Shape = (*ids, table[-1])
     shapes: list[Shape | None] = [y, (ids[0],), y]
     return shapes[: len(op.node.outputs)]
+
+
+@SHAPES.rule("QEmbedLayerNormalization", MS)
+def _quantized_embed_norm(op: Op) -> Result:
+    ids, table = op.shape(0), op.shape(2)
+    return None if ids is None or not table else [(*ids, table[-1]), (ids[0],)]
+
+
+@SHAPES.rule("GatherBlockQuantized", MS)
+def _gather_blocks(op: Op) -> Result:
+    table, index, scales = op.shape(0), op.shape(1), op.shape(2)
+    axis = op.attr("gather_axis", 0)
+    if table is None or index is None or scales is None or len(table) != len(scales):
+        return None
+    blocked = op.attr("quantize_axis", 1) % len(table)
+    out = list(table)
+    if op.dtype(0) == ir.DataType.UINT8 and op.attr("bits", 4) < 8:  # several values in a byte
+        out[blocked] = out[blocked] * (8 // op.attr("bits", 4))
+    return (*out[:axis], *index, *out[axis + 1 :])
 
 
 @SHAPES.rule("FusedMatMul", MS)

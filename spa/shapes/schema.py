@@ -23,6 +23,7 @@ _TYPED = {
     "GatherBlockQuantized": 2,
     "MatMulIntegerToFloat": 2,
     "QAttention": 3,
+    "QEmbedLayerNormalization": 8,
     "QGemm": 8,
     "QLinearConcat": 2,
     "QLinearWhere": 1,
