@@ -218,8 +218,8 @@ class _Masker:
                 entries[edit.entry] = size
                 attributes[edit.slot] = ir.AttrInt64s(edit.slot, entries)
         for pin in self.coupling.relations.pins:
-            if pin.node is node:
-                attributes[pin.attribute] = ir.AttrFloat32(pin.attribute, pin.value)
+            if pin.node is node and isinstance(pin.slot, str) and isinstance(pin.value, float):
+                attributes[pin.slot] = ir.AttrFloat32(pin.slot, pin.value)
 
     def _gather(self, value: ir.Value, index: NDArray[np.int64], axis: int, before: ir.Node) -> ir.Value:
         constant = self.twin.constant(ir.tensor(index), "kept", like=value)

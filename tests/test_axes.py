@@ -178,6 +178,20 @@ def test_rotation_by_halves_couples_pairs() -> None:
     assert np.flatnonzero(~solution.keep(d, kept)).tolist() == [1, 5]
 
 
+def test_every_second_position_of_pairs_couples_the_pairs() -> None:
+    """RoPE with neighbours as pairs: x = n x 2 is read at x[::2] and x[1::2]."""
+    axes = Axes()
+    x, even, odd, n, pair = axes.leaf(8), axes.leaf(4), axes.leaf(4), axes.leaf(4), axes.leaf(2)
+    axes.prod(x, [n, pair])
+    axes.take(even, x, np.arange(0, 8, 2))
+    axes.take(odd, x, np.arange(1, 8, 2))
+    solution = axes.solve()
+    leaves = [leaf for axis in (n, even, odd) for leaf in solution.leaves(axis)]
+    labels = [solution.label[solution.base[leaf] : solution.base[leaf + 1]] for leaf in leaves]
+    assert all(np.array_equal(label, labels[0]) for label in labels)
+    assert solution.frozen.sum() == 2  # the pair itself stays
+
+
 def test_factors_that_do_not_nest_fall_back_to_positions() -> None:
     axes = Axes()
     a = axes.leaf(24)

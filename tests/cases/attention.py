@@ -37,6 +37,8 @@ CASES = [
     case(MS + "Attention", "2x3x10 10x80 80", "2 01 0 > 2", num_heads=4, qkv_hidden_sizes=[24, 24, 32]),
     case(MS + "Attention", "2x3x10 10x72 72 i32<2:2x3", "2 01 0 - > 2", num_heads=4),
     case(MS + "Attention", "2x3x10 10x72 72 - - 2x4x3x3", "- - - - - - > -", num_heads=4),
+    case(MS + "QAttention", "u8:2x3x10 !i8:10x72 72 {0.01} {0.01} - u8:{7} i8:{0}", "?", num_heads=4, zeros={0: 7}, carriers=(0,)),
+    case(MS + "QAttention", "u8:2x3x10 !i8:10x72 72 {0.01} !p:72 i32<4:2 u8:{7} !i8:72", "?", num_heads=4, zeros={0: 7}, carriers=(0,)),
     case(MS + "MultiHeadAttention", "2x3x24 2x5x24 2x5x32", "02 02 02 > 02", num_heads=4),
     case(MS + "MultiHeadAttention", "2x3x24 2x5x24 2x5x32 80", "02 02 02 0 > 02", num_heads=4),
     case(MS + "MultiHeadAttention", "2x3x24 2x5x24 2x5x32", "02 02 02 > 02", num_heads=4, scale=0.3),

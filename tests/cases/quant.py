@@ -52,4 +52,9 @@ CASES = [
     case(MS + "MatMulNBits", "3x64 !u8:5x4x8 !p:5x4 - - 5", "01 01 01 - - 0 > 01", K=64, N=5, bits=4, block_size=16, carriers=(0, 2)),
     case(MS + "MatMulNBits", "3x60 !u8:5x4x8 !p:5x4", "0 0 0 > 01", K=60, N=5, bits=4, block_size=16, carriers=(0, 2)),
     case(MS + "MatMulNBits", "3x64 !u8:5x4x16 !p:5x4", "01 01 01 > 01", K=64, N=5, bits=8, block_size=16, carriers=(0, 2)),
+    case(MS + "QEmbedLayerNormalization", "i32<5:2x3 i32<2:2x3 u8:5x8 u8:4x8 u8:2x8 u8:8 u8:8 - {0.1} {0.1} {0.1} {0.1} {0.1} u8:{7} u8:{6} u8:{5} u8:{4} u8:{3}", "?", outs="11"),
+    case(MS + "GatherBlockQuantized", "!u8:6x16 i64<6:2x3 !p:6x2", "?", bits=4, block_size=16),
+    case(MS + "GatherBlockQuantized", "!u8:6x32 i64<6:4 !p:6x4 !u8:6x2", "?", bits=4, block_size=16),
+    case(MS + "GatherBlockQuantized", "!u8:6x64 i64<6:4 !p:6x4 !u8:6x4", "?", bits=8, block_size=16),
+    case(MS + "GatherBlockQuantized", "!u8:6x4x16 i64<4:3 !p:6x4x2", "?", bits=4, block_size=16, gather_axis=1, quantize_axis=2),
 ]
