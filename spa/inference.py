@@ -68,8 +68,12 @@ def _undeclare(graph: onnx.GraphProto) -> None:
     trusted = [info for info in graph.value_info if info.HasField("type")]
     del graph.value_info[:]
     graph.value_info.extend(trusted)
+    inputs = {info.name: info.type for info in graph.input}
     for info in graph.output:
-        info.ClearField("type")
+        if info.name in inputs:  # handed through: no node says what it is
+            info.type.CopyFrom(inputs[info.name])
+        else:
+            info.ClearField("type")
     for node in graph.node:
         for child in children(node):
             _undeclare(child)

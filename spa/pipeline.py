@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -12,21 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from spa.budget import parse_targets, select
-from spa.budget.select import Align, Allocation, MinKeep
+from spa.budget.select import Align, Allocation
 from spa.cost import Metric, parameters_of
 from spa.coupling import tensor_of
-from spa.criteria import AGGREGATIONS, CRITERIA, NORMALISATIONS, Aggregation, Normalisation, normalise
-from spa.errors import OutputError, PlanError, TargetError, UsageError
+from spa.criteria import CRITERIA, Aggregation, Normalisation, normalise
+from spa.errors import OutputError, PlanError, UsageError
 from spa.evidence import Evidence
 from spa.feeds import load_feeds
 from spa.graph import Graph, Source, load, restore
-from spa.groups import KINDS, Analysis, Group, analyze_model
+from spa.groups import Analysis, analyze_model
+from spa.options import Scope, check_choices, check_named, check_output, choose, parse_min_keep
 from spa.plan import GroupRecord, Plan
 from spa.plan import read as read_plan
 from spa.removal import Mask, kept_by, kept_without, removals
@@ -36,7 +34,6 @@ from spa.store import publish, save
 from spa.verify import Verification, compare, masked, require, zeroed
 from spa.version import __version__
 
-Scope = Literal["exact", "all"]
 Progress = Callable[[str], None]
 STAGES = ("load", "analyze", "score", "plan", "rewrite", "verify", "save")
 
@@ -179,10 +176,10 @@ def prune(
     scorer = CRITERIA.get(criterion)
     if scorer is None:
         raise UsageError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
-    _check_choices(scope, kinds, align)
-    _check_named(aggregation=aggregation, normalisation=normalisation, allocation=allocation)
+    check_choices(scope, kinds, align)
+    check_named(aggregation=aggregation, normalisation=normalisation, allocation=allocation)
     keep = parse_min_keep(min_keep)
-    _check_output(output)
+    check_output(output)
     with clock.stage("load"):
         graph = load(source)
     with clock.stage("analyze"):
@@ -245,7 +242,7 @@ def apply(
     """
     clock = _Clock(progress)
     plan, label = (plan, "the plan") if isinstance(plan, Plan) else (read_plan(Path(plan)), str(plan))
-    _check_output(output)
+    check_output(output)
     with clock.stage("load"):
         graph = load(source)
     _check_model(graph, plan, label)
@@ -279,109 +276,6 @@ def verify(
     kept = kept_by(analysis, plan, label)
     job = _Job(graph, analysis, plan, kept, _Clock(None), None, dims, inputs, seed, True, "auto")
     return _compare(job, load(pruned).model)
-
-
-# -- choosing --------------------------------------------------------------------------------------------------------
-
-
-def choose(analysis: Analysis, scope: Scope, kinds: Sequence[str], ignore: Sequence[str]) -> list[Group]:
-    """The groups that options leave for pruning.
-
-    Raises:
-        TargetError: there is none.
-    """
-    out = []
-    for group in analysis.groups:
-        if scope == "exact" and not group.exact:
-            continue
-        if kinds and group.kind not in kinds:
-            continue
-        if any(_matches(group, pattern) for pattern in ignore):
-            continue
-        out.append(group)
-    if not out:
-        inexact = sum(not g.exact for g in analysis.groups)
-        hint = _frozen_hint(analysis)
-        if scope == "exact" and inexact:
-            hint = f"{inexact} groups need --scope all"
-        elif analysis.groups:
-            hint = f"--kinds and --ignore leave none of its {len(analysis.groups)} groups; see `spa inspect`"
-        raise TargetError(f"nothing in this model can be pruned with these options: {hint}")
-    return out
-
-
-def _frozen_hint(analysis: Analysis) -> str:
-    if not analysis.frozen:
-        return "it has no prunable weights; see `spa inspect`"
-    worst = analysis.frozen[0]
-    return f"{worst.tensor} axis {worst.axis} is frozen ({worst.reason.text}); see `spa inspect`"
-
-
-def _matches(group: Group, pattern: str) -> bool:
-    names = {group.name, *(m.tensor for m in group.members)}
-    for member in group.members:
-        names.update(node.name or "" for node, _ in ([member.use] if member.use is not None else member.value.uses()))
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def parse_min_keep(text: str | int) -> MinKeep | None:
-    """A number, a share ("10%" or "0.1"), or those per kind ("head=2,channel=10%"); None for "auto".
-
-    Raises:
-        UsageError: the text is none of these.
-    """
-    if text == "auto":
-        return None
-    default, by_kind = "1", dict[str, str]()
-    for part in str(text).split(","):
-        kind, equals, value = part.partition("=")
-        if equals:
-            if kind.strip() not in KINDS:
-                raise UsageError(f"--min-keep: unknown kind {kind.strip()!r}; kinds are {', '.join(KINDS)}")
-            by_kind[kind.strip()] = value.strip()
-        else:
-            default = part.strip()
-    for value in (default, *by_kind.values()):
-        if not re.fullmatch(r"\d+|\d+(\.\d+)?%|0?\.\d+", value):
-            raise UsageError(f"--min-keep: cannot read {value!r}; write auto, 4, 10%, or head=2,channel=10%")
-
-    def least(group: Group) -> int:
-        value = by_kind.get(group.kind, default)
-        if value.endswith("%"):
-            return max(1, int(np.ceil(float(value[:-1]) / 100 * group.units)))
-        return max(1, int(np.ceil(float(value) * group.units)) if "." in value else int(value))
-
-    return least
-
-
-def _check_choices(scope: str, kinds: Sequence[str], align: Align) -> None:
-    if scope not in ("exact", "all"):
-        raise UsageError(f"unknown scope {scope!r}; choose exact or all")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"unknown kind {kind!r}; kinds are {', '.join(KINDS)}")
-    if align != "auto" and align < 1:
-        raise UsageError(f"align must be auto or a positive number, not {align!r}")
-
-
-def _check_named(**chosen: str) -> None:
-    known = {"aggregation": AGGREGATIONS, "normalisation": NORMALISATIONS, "allocation": get_args(Allocation)}
-    for option, value in chosen.items():
-        if value not in known[option]:
-            raise UsageError(f"unknown {option} {value!r}; choose one of {', '.join(known[option])}")
-
-
-def _check_output(output: str | os.PathLike[str] | None) -> None:
-    """Fail before the work, not after it."""
-    if output is None:
-        return
-    path = Path(output)
-    if path.is_dir():
-        raise OutputError(f"{path}: is a directory; name the output file")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path}: the folder {str(path.parent)!r} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path}: the folder {str(path.parent)!r} is not writable; choose another output")
 
 
 def _check_model(graph: Graph, plan: Plan, label: str) -> None:
@@ -496,8 +390,6 @@ __all__ = [
     "Result",
     "analyze",
     "apply",
-    "choose",
-    "parse_min_keep",
     "prune",
     "verify",
 ]

@@ -231,7 +231,10 @@ class Law:
                     name, operand = names[slot] or "", self.op.inputs[slot]
                     assert operand is not None
                     mask = self.solution.keep(operand.dims[d], self._only(kept, leaves))
-                    np.moveaxis(arrays[name], d, 0)[~mask] = self.subject.zeros.get(name, 0)
+                    zero = self.subject.zeros.get(name, 0)
+                    value = arrays[zero] if isinstance(zero, str) else zero
+                    shape = [len(mask) if k == d else 1 for k in range(arrays[name].ndim)]
+                    arrays[name] = np.where(mask.reshape(shape), arrays[name], value).astype(arrays[name].dtype)
         for slot, operand in enumerate(self.op.inputs):
             for d, dim in enumerate(operand.dims if operand is not None else ()):
                 if self.solution.touched(dim, gone):

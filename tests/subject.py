@@ -62,8 +62,8 @@ class Case:
     outs: str = "1"
     """Which outputs are present: `1`, `101`."""
     tolerance: Tolerance = FLOAT32
-    zeros: Mapping[int, int] = field(default_factory=dict)
-    """Inputs whose zero is another number: the zero point."""
+    zeros: Mapping[int, int | str] = field(default_factory=dict)
+    """Inputs whose zero is another number, the zero point, or stands in an input (`i3`), along the last axis."""
     carriers: tuple[int, ...] = ()
     """Inputs where a zero silences the product; all that carry the summed axis if empty."""
     model: str = ""
@@ -116,7 +116,7 @@ class Subject:
     single: bool
     """One node that reads `arrays` directly."""
     tolerance: Tolerance
-    zeros: Mapping[str, int] = field(default_factory=dict)
+    zeros: Mapping[str, int | str] = field(default_factory=dict)
     carriers: tuple[int, ...] = ()
 
     @cached_property

@@ -25,7 +25,7 @@ LAYERS = (
     {"evidence", "plan"},
     {"criteria", "removal"},
     {"budget", "rewrite"},
-    {"verify"},
+    {"options", "verify"},
     {"pipeline"},
     {"explain"},
     {"cli"},

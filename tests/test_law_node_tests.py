@@ -90,7 +90,7 @@ def _subject(test: Any) -> Subject:
     plain = not any(a.type == onnx.AttributeProto.GRAPH for a in node.attribute)
     if plain and sorted({n for n in node.input if n}) != sorted(n for n in node.input if n):
         _skip("an operand is used twice")
-    zeros = {}
+    zeros: dict[str, int | str] = {}
     by_formal = {f.lower(): n for n, f in formal.items()}
     for name, kind in formal.items():
         point = by_formal.get(f"{kind.lower()}_zero_point")

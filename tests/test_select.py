@@ -13,7 +13,7 @@ from spa.budget import parse_targets, select
 from spa.budget.select import Selection, alignment
 from spa.criteria import NORMALISATIONS, normalise
 from spa.groups import Analysis, Group
-from spa.pipeline import parse_min_keep
+from spa.options import parse_min_keep
 from tests.models import BUILT
 
 NAMES = ["residual_cnn", "flat_cnn", "unet", "shuffle_net", "vit_split", "decoder", "lstm_tagger", "qdq", "four_bits"]
