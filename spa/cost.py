@@ -2,7 +2,7 @@
 
 Every cost is a sum of monomials: a coefficient times the sizes of some axes. Multiply-accumulates (MACs) come from the
 rules, parameters and bytes from the shapes of the weights. Axes whose size is known only at run time count with the
-sizes in `dims` (by symbol name), by default 1 for a leading axis of a graph input and 128 (224 in images) for the others.
+sizes in `dims` (by symbol name), by default 1 for a leading axis of a graph input and 128 (224 in images) for others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class CostModel:
     def __init__(self, coupling: Coupling, dims: Mapping[str, int] | None = None, overhead: int = 0) -> None:
         self.solution = coupling.solution
         self.overhead = overhead
-        self.full = [_number(s, default_dims(coupling.model, dims)) for s in self.solution.leaf_size]
+        sizes = default_dims(coupling.model, dims)
+        self.full = [_number(s, sizes) for s in self.solution.leaf_size]
         self.terms = _terms(coupling)
         self.by_leaf: dict[int, list[int]] = {}
         for k, term in enumerate(self.terms):

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from spa import rules
 from spa.axes import Axes, Axis, Reason, Solution
 from spa.rules import Op, Operand, Relations, Rule
+from spa.rules.control import handed
 from spa.shapes import Shapes, infer
 
 Use = tuple[ir.Node, int]
@@ -89,9 +90,10 @@ def couple(model: ir.Model, *, border: bool = True) -> Coupling:
         for slot, value in enumerate(node.inputs):
             if value is not None and value in weights:
                 coupling.shared.setdefault(value, []).append((node, slot))
-        if node.op_type != "Constant" and not _subgraphs(node) and node.inputs:
-            if all(v is None or v in coupling.constants for v in node.inputs):
-                coupling.constants.update(node.outputs)
+        computes = node.op_type != "Constant" and bool(node.inputs) and not _subgraphs(node)
+        if computes and all(v is None or v in coupling.constants for v in node.inputs):
+            coupling.constants.update(node.outputs)
+        coupling.constants.update(v for slot, v in handed(node) if node.inputs[slot] in coupling.constants)
     for node in nodes:
         _apply(coupling, node)
     for value in weights:
@@ -204,4 +206,4 @@ def _subgraphs(node: ir.Node) -> list[ir.Graph]:
 
 def _version(model: ir.Model, node: ir.Node) -> int:
     domain = "" if node.domain == "ai.onnx" else node.domain
-    return model.opset_imports.get(domain, model.opset_imports.get("ai.onnx" if not domain else domain, 1)) or 1
+    return model.opset_imports.get(domain, model.opset_imports.get(domain or "ai.onnx", 1)) or 1

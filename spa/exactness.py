@@ -7,22 +7,45 @@ through the graph: a zeroed producer gives zero channels as long as every operat
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import onnx_ir as ir
 
 from spa.coupling import Coupling
-from spa.rules import Op, Operand, Remap, Rule
+from spa.rules import Flow, Op, Operand, Remap, Rule
+from spa.rules.control import handed
 
 
 def poisonous(coupling: Coupling) -> set[ir.Value]:
-    """Weights that must not be zeroed, because their value reaches a denominator, a logarithm or the like."""
+    """Weights that must not be zeroed: their value reaches a denominator, a logarithm, or a statistic over weights."""
     bad: set[ir.Value] = set()
+    for flow in coupling.relations.flows:
+        if flow.leaving in ("mean", "stat") and _computed(coupling, flow.node):
+            bad.update(v for slot, _ in flow.inputs if (v := flow.node.inputs[slot]) is not None)
     for k in range(len(coupling.ops) - 1, -1, -1):
         op, rule = coupling.ops[k], coupling.rules.get(k)
         upstream = rule is not None and any(v in bad for v in op.node.outputs)
         for slot, value in enumerate(op.node.inputs):
-            if value is not None and value in coupling.constants and (upstream or (rule is not None and slot in rule.divisors)):
+            divides = rule is not None and slot in rule.divisors
+            if value is not None and value in coupling.constants and (upstream or divides):
                 bad.add(value)
     return bad
+
+
+def _computed(coupling: Coupling, node: ir.Node) -> bool:
+    """Whether a node computes constants from constants."""
+    return all(value in coupling.constants for value in node.outputs)
+
+
+def pinned(coupling: Coupling, flow: Flow, poison: Set[ir.Value]) -> bool:
+    """Whether a flow contracts weights that cannot be zeroed, in a computation of weights from weights.
+
+    Standardised and normalised weights (w = (v - mean v) / std v) keep the values they have: what is computed there
+    depends on no input, so that the rewrite may write it down before the axis shrinks.
+    """
+    if flow.leaving == "pass" or not _computed(coupling, flow.node):
+        return False
+    return flow.leaving != "sum" or all(flow.node.inputs[slot] in poison for slot, _ in flow.inputs)
 
 
 def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
@@ -32,11 +55,12 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
     for k, op in enumerate(coupling.ops):
         rule = coupling.rules.get(k)
         if rule is not None:
+            zero.update((inner, _zeros(coupling, op, rule, slot, zero, poison)) for slot, inner in handed(op.node))
             _forward(coupling, op, rule, zero, poison)
     known = {op.node: (op, coupling.rules.get(k)) for k, op in enumerate(coupling.ops)}
     out: dict[int, str] = {}
     for flow in coupling.relations.flows:
-        if flow.leaving == "pass":
+        if flow.leaving == "pass" or pinned(coupling, flow, poison):
             continue
         op, rule = known[flow.node]
         where = f"{flow.node.op_type} {flow.node.name or ''}".strip()
@@ -84,9 +108,7 @@ def _follow(coupling: Coupling, zeros: set[int], remap: Remap) -> set[int]:
     return set(solution.leaves(remap.target)) if zeros.issuperset(loose) else set()
 
 
-def _forward(
-    coupling: Coupling, op: Op, rule: Rule, zero: dict[ir.Value, set[int]], poison: set[ir.Value]
-) -> None:
+def _forward(coupling: Coupling, op: Op, rule: Rule, zero: dict[ir.Value, set[int]], poison: set[ir.Value]) -> None:
     when = rule.zero_of(op)
     if when.never:
         return

@@ -115,7 +115,7 @@ def analyze_model(
     inexact = inexact_leaves(coupling, poison)
     members = _members(coupling)
     kinds = _kinds(coupling)
-    groups = _groups(coupling, cost, inexact, members, kinds)
+    groups = _groups(coupling, cost, inexact, members, kinds, poison)
     frozen, prunable = _frozen(coupling)
     totals = cost.totals(cost.full)
     return Analysis(
@@ -188,13 +188,14 @@ def _groups(
     inexact: dict[int, str],
     members: dict[int, list[Member]],
     kinds: dict[int, str],
+    poison: set[ir.Value],
 ) -> list[Group]:
     names: dict[str, int] = {}
     out = []
     for leaves, positions in _buckets(coupling):
         mine = list({(m.value, m.use, m.axis): m for leaf in leaves for m in members.get(leaf, ())}.values())
-        if not mine or len(positions) < 2:
-            continue
+        if len(positions) < 2 or all(m.value in poison for m in mine):
+            continue  # nothing to cut, or no weight whose zero would say what was cut
         kind = min((kinds.get(leaf, "other") for leaf in leaves), key=KINDS.index)
         name = _name(mine, kind)
         names[name] = names.get(name, 0) + 1

@@ -1,7 +1,7 @@
 """The plan: the contract between choosing and cutting.
 
-A plan names, in the terms of the *input* file, which slices of which initializers leave. `spa apply` needs nothing else,
-and an outside checker that zeroes exactly these slices in the original model gets the pruned model's outputs (exact
+A plan names, in the terms of the *input* file, which slices of which initializers leave. `spa apply` needs nothing
+else, and an outside checker that zeroes exactly these slices in the original model gets the pruned model's outputs (exact
 scope). Tensor-valued `Constant` nodes count as initializers under the name of their output.
 """
 
@@ -84,7 +84,7 @@ class Plan:
         if not isinstance(body, dict) or not isinstance(body.get("version"), int):
             raise PlanError(f"{name} is not a plan: it has no version; expected a plan written by `spa prune --plan`")
         if body["version"] != VERSION:
-            raise PlanError(f"{name} has plan version {body['version']}, this spa reads version {VERSION}; make it anew")
+            raise PlanError(f"{name} has plan version {body['version']}, expected {VERSION}; make it anew")
         try:
             return Plan(
                 str(body["model"]["sha256"]),

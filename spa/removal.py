@@ -86,7 +86,7 @@ def kept_by(analysis: Analysis, plan: Plan, label: str) -> Mask:
             if meant is not None and not any((n.outputs[0].name, k) in meant for n, k in uses):
                 continue
             if not 0 <= removal.axis < len(dims):
-                raise PlanError(f"{label} removes along axis {removal.axis} of {removal.initializer!r}, which {_MISSING}")
+                raise PlanError(f"{label} prunes axis {removal.axis} of {removal.initializer!r}, which {_MISSING}")
             _unkeep(solution, dims[removal.axis], _mask(solution, dims[removal.axis], removal, label), kept)
     gone = np.unique(solution.label[~kept])
     kept &= ~np.isin(solution.label, gone)

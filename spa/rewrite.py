@@ -7,12 +7,15 @@ nodes that read a pruned axis keep returning what they returned. Shape operands 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from spa.axes import Axis
 from spa.blocks import picked
+from spa.exactness import pinned
 from spa.groups import Analysis
 from spa.removal import Mask, changed_leaves, variants
 from spa.rules import Edit, Remap
@@ -36,6 +39,7 @@ class _Rewriter:
         self.twin = Twin(self.coupling.model)
 
     def run(self) -> ir.Model:
+        pinned = self._pinned()
         self._weights()
         self._shape_readers()
         self._pins()
@@ -44,6 +48,8 @@ class _Rewriter:
             if self._touched(remap.source) or self._touched(remap.target):
                 self._remap(remap)
         self._shapes()
+        if pinned:
+            self.twin.sweep(pinned)
         return self.twin.model
 
     def _touched(self, axis: Axis) -> bool:
@@ -93,6 +99,26 @@ class _Rewriter:
                 for size, dim in zip(value.shape, dims, strict=True)
             ]
             twin.shape = ir.Shape(new)  # type: ignore[arg-type]  # touched axes are static
+
+    def _pinned(self) -> list[ir.Node]:
+        """Weights computed by a statistic over a pruned axis become initializers; returns what may be idle then."""
+        coupling, poison = self.coupling, self.analysis.poison
+        statistics = {f.node for f in coupling.relations.flows if self._touched(f.axis) and pinned(coupling, f, poison)}
+        results: list[ir.Value] = []
+        behind: set[ir.Value] = set()
+        for op in coupling.ops if statistics else ():
+            if all(v in coupling.constants for v in op.node.outputs):
+                if op.node in statistics or any(v in behind for v in op.node.inputs):
+                    behind.update(op.node.outputs)
+            else:
+                results.extend(v for v in op.node.inputs if v is not None and v in behind and v not in results)
+        for value, array in zip(results, computed(coupling.model, results), strict=True):
+            dims = coupling.dims(value) or ()
+            masks = [self.solution.keep(d, self.kept) if self._touched(d) else None for d in dims]
+            sliced = slice_tensor(ir.tensor(array), masks, value.name or "")
+            twin = self.twin.value(value)
+            twin.replace_all_uses_with(self.twin.constant(sliced, f"{value.name}_spa", like=twin))
+        return [op.node for op in coupling.ops if coupling.constants.issuperset(op.node.outputs)] if results else []
 
     # -- sizes read from tensors -------------------------------------------------------------------------------------
 
@@ -310,6 +336,21 @@ def slice_tensor(tensor: ir.TensorProtocol, masks: Sequence[Mask | None], name: 
     return picked(tensor, picks, name)
 
 
+def computed(model: ir.Model, values: Sequence[ir.Value]) -> list[NDArray[Any]]:
+    """The values that a model computes from its initializers alone."""
+    if not values:
+        return []
+    from onnx.reference import ReferenceEvaluator  # rarely needed, slow to import
+
+    twin = Twin(model)
+    graph = twin.model.graph
+    graph.inputs.clear()
+    graph.outputs.clear()
+    graph.outputs.extend(twin.value(v) for v in values)
+    twin.sweep(list(model.graph))
+    return list(ReferenceEvaluator(ir.to_proto(twin.model)).run(None, {}))
+
+
 class Twin:
     """A copy of a model to edit, with a map from the original's nodes and values to the copy's."""
 
@@ -343,6 +384,19 @@ class Twin:
     def pairs(self) -> Iterable[tuple[ir.Value, ir.Value]]:
         """(value, its copy) for all values."""
         return self._values.items()
+
+    def sweep(self, nodes: Sequence[ir.Node]) -> None:
+        """Take out those of `nodes` whose results nobody reads, and the initializers that only they read."""
+        graph = self.model.graph
+        for node in reversed([self._nodes[n] for n in nodes]):
+            if node.graph is graph and not any(v.is_graph_output() or v.uses() for v in node.outputs):
+                sources = [v for v in node.inputs if v is not None]
+                graph.remove(node, safe=True)
+                for value in sources:
+                    name = value.name or ""
+                    idle = not (value.uses() or value.is_graph_output() or value.is_graph_input())
+                    if idle and graph.initializers.get(name) is value:
+                        del graph.initializers[name]
 
     def fresh(self, hint: str) -> str:
         """A name no value has yet."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from spa.blocks import blanked
 from spa.coupling import tensor_of
 from spa.errors import RuntimeFailure, VerifyError
+from spa.exactness import pinned
 from spa.feeds import runnable_feeds
 from spa.groups import Analysis
 from spa.plan import Removal
@@ -114,6 +115,7 @@ def masked(analysis: Analysis, kept: Mask) -> ir.Model:
 class _Masker:
     def __init__(self, analysis: Analysis, kept: Mask) -> None:
         self.coupling = analysis.coupling
+        self.poison = analysis.poison
         self.solution = analysis.coupling.solution
         self.kept = kept
         self.changed = changed_leaves(self.solution, kept)
@@ -124,7 +126,7 @@ class _Masker:
         restricted: dict[ir.Node, set[int]] = {}
         for flow in self.coupling.relations.flows:
             leaves = set(self.solution.leaves(flow.axis)) & self.changed
-            if not leaves or flow.leaving == "pass":
+            if not leaves or flow.leaving == "pass" or pinned(self.coupling, flow, self.poison):
                 continue
             slot = self._float_carrier(flow) if flow.leaving == "sum" else None
             if slot is None:

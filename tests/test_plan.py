@@ -91,7 +91,7 @@ def _changed(plan: Plan, **changes: Any) -> str:
         ("[]", "it has no version"),
         ("{}", "it has no version"),
         ('{"version": "1"}', "it has no version"),
-        ('{"version": 2}', "has plan version 2, this spa reads version 1"),
+        ('{"version": 2}', "has plan version 2, expected 1"),
         ('{"version": 1}', "is not a valid plan"),
         ('{"version": 1, "model": {}, "removed": []}', "is not a valid plan"),
         ('{"version": 1, "model": {"sha256": "x"}, "removed": {"a": 1}}', "is not a valid plan"),
@@ -126,7 +126,7 @@ def test_another_model(plan: Plan) -> None:
     ("change", "message"),
     [
         ({"initializer": "no.such.weight"}, "removes slices of 'no.such.weight'"),
-        ({"axis": 5}, "removes along axis 5"),
+        ({"axis": 5}, "prunes axis 5"),
         ({"axis": -1}, "axis -1"),
         ({"indices": (0, 10**6)}, "removes index 1000000"),
         ({"indices": (-1,)}, "removes index -1"),

@@ -26,7 +26,7 @@ MinKeep = Callable[[Group], int]
 _FLOOR = 0.1
 """Share of a group that `min_keep=None` keeps as long as the targets allow: global rankings empty layers otherwise."""
 _KERNEL = 8
-"""ONNX Runtime's CPU convolution and matrix kernels work in blocks of 8 channels: odd widths are slower than full ones."""
+"""ONNX Runtime's CPU kernels work in blocks of 8 channels: odd widths are slower than full ones."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class _Queue:
 def alignment(group: Group, align: Align) -> int:
     """What the kept number of units should be a multiple of.
 
-    `auto`: 8 for channels, neurons and dims, less in layers too narrow for it (at least four steps remain); 1 for heads.
+    `auto`: 8 for channels, neurons and dims, less in narrow layers (four steps remain); 1 for heads.
     """
     if align != "auto":
         return align
@@ -136,8 +136,9 @@ def _queue(group: Group, scores: Vector, step: int, keep: int) -> _Queue:
         chunks.append(size)
         left -= size
         size = step
-    bounds = np.cumsum([0, *chunks])
-    means = [float(np.mean(scores[order[a:b]])) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    starts = np.cumsum([0, *chunks])[:-1]
+    ranked = np.asarray(scores, dtype=np.float64)[order[: sum(chunks)]]
+    means = (np.add.reduceat(ranked, starts) / chunks).tolist() if chunks else []
     return _Queue(group, order, chunks, means)
 
 
@@ -186,7 +187,7 @@ def _restore(
     limits: Mapping[Target, float],
     most: int,
 ) -> None:
-    """Put the most important chunks back (at most `most` per group) while the targets hold: the last step overshoots."""
+    """Put the most important chunks back (`most` per group) while the targets hold: the last step overshoots."""
     candidates = sorted((q for q in queues if q.taken), key=lambda q: -q.scores[q.taken - 1])
     for q in candidates:
         for _ in range(min(most, q.taken)):
@@ -199,7 +200,7 @@ def _restore(
 
 
 def _uniform(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, float]) -> dict[Metric, float]:
-    """The smallest share that meets the targets, by bisection (costs fall with the share), up to one chunk per group."""
+    """The smallest share that meets the targets, by bisection: costs fall with it. Up to one chunk per group."""
     counts = list(cost.full)
 
     def at(share: float) -> dict[Metric, float]:

@@ -48,9 +48,7 @@ def parse_target(text: str) -> Target:
     metric = _METRICS.get(name.strip().lower())
     match = _VALUE.fullmatch(value.strip())
     if not equals or metric is None or match is None or (unit := match[2].lower()) not in {*_UNITS, "%"}:
-        raise UsageError(
-            f"cannot read target {text!r}; write for example macs=0.6, macs=2.0G, params=50% or size=10MB"
-        )
+        raise UsageError(f"cannot read target {text!r}; write for example macs=0.6, macs=2.0G, params=50% or size=10MB")
     number = float(match[1])
     relative = unit == "%" or (unit == "" and number <= 1)
     limit = number / 100 if unit == "%" else number * _UNITS[unit]

@@ -32,6 +32,23 @@ def _tie(op: Op, outer: Operand | None, inner: ir.Value | None, skip: Sequence[i
             op.freeze(dim, f"{op.node.op_type} with values of different sizes")
 
 
+def handed(node: ir.Node) -> list[tuple[int, ir.Value]]:
+    """Loop, Scan: (input slot, value inside) of what every iteration sees unchanged, such as weights passed as state."""
+    if node.domain not in ("", "ai.onnx") or node.op_type not in ("Loop", "Scan"):
+        return []
+    body = node.attributes["body"].as_graph()
+    first = 2 if node.op_type == "Loop" else 0  # the trip count and the condition
+    states = len(node.inputs) - (2 if first else node.attributes["num_scan_inputs"].as_int())
+    found = []
+    for k in range(states):
+        inner, result = body.inputs[first + k], body.outputs[k + (first > 0)]
+        while (producer := result.producer()) is not None and producer.op_type == "Identity" and producer.inputs[0]:
+            result = producer.inputs[0]
+        if result is inner:
+            found.append((first + k, inner))
+    return found
+
+
 def _if(op: Op) -> None:
     for name in ("then_branch", "else_branch"):
         for outer, inner in zip(op.outputs, op.attr(name).outputs, strict=True):

@@ -12,8 +12,15 @@ _STAT: Leaving = "stat"
 
 
 def _batch_norm(op: Op) -> None:
-    """A stored statistic is one factor per channel, so that all other axes pass; in training it runs over them."""
-    if op.attr("training_mode", 0):
+    """A stored statistic is one factor per channel, so that all other axes pass; in training it runs over them.
+
+    Training on constants is how weights are standardised: (1, out channels, in channels x kernel).
+    """
+    x = op.input(0)
+    if op.attr("training_mode", 0) and x is not None and x.constant:
+        over: dict[str, Leaving] = {"b": _STAT, "...": _STAT}
+        Einsum("b c ..., c, c, c, c -> b c ..., c, c", leaving=over, roles={"c": "channel"})(op)
+    elif op.attr("training_mode", 0):
         Einsum("b c ~, c, c, c, c -> b c ~, c, c, c, c", leaving={"b": _STAT}, roles={"c": "channel"})(op)
     else:
         Einsum("b c ..., c, c, c, c -> b c ..., c, c, c, c", roles={"c": "channel"})(op)
