@@ -1,8 +1,8 @@
 """The plan: the contract between choosing and cutting.
 
 A plan names, in the terms of the *input* file, which slices of which initializers leave. `spa apply` needs nothing
-else, and an outside checker that zeroes exactly these slices in the original model gets the pruned model's outputs (exact
-scope). Tensor-valued `Constant` nodes count as initializers under the name of their output.
+else, and an outside checker that zeroes exactly these slices in the original model gets the pruned model's outputs
+(exact scope). Tensor-valued `Constant` nodes count as initializers under the name of their output.
 """
 
 from __future__ import annotations

@@ -73,6 +73,17 @@ class _Rewriter:
                 for node, slot in uses:
                     self.twin.node(node).replace_input_with(slot, replacement)
 
+    def _doubled(self) -> set[ir.Node]:
+        """Computations on matrices that would have to be written twice: v / norm(v) cuts one v and keeps the other."""
+        found: set[ir.Node] = set()
+        for value, tensor in self.coupling.weights.items():
+            groups = variants(self.analysis, value)
+            if len(groups) > 1 and len(tensor.shape) > 1 and tensor.dtype.is_floating_point():
+                keys = {tuple(self.solution.keep(d, self.kept).tobytes() for d in dims) for _, dims in groups}
+                readers = {node for uses, _ in groups for node, _ in uses} if len(keys) > 1 else set()
+                found.update(n for n in readers if self.coupling.constants.issuperset(n.outputs))
+        return found
+
     def _place(self, value: ir.Value, tensor: ir.TensorProtocol, first: bool) -> ir.Value:
         """Put a sliced tensor into the new model: in place of the original, or beside it."""
         twin = self.twin.value(value)
@@ -104,6 +115,7 @@ class _Rewriter:
         """Weights computed by a statistic over a pruned axis become initializers; returns what may be idle then."""
         coupling, poison = self.coupling, self.analysis.poison
         statistics = {f.node for f in coupling.relations.flows if self._touched(f.axis) and pinned(coupling, f, poison)}
+        statistics |= self._doubled()
         results: list[ir.Value] = []
         behind: set[ir.Value] = set()
         for op in coupling.ops if statistics else ():

@@ -40,8 +40,8 @@ def normalise(scores: Mapping[str, Vector], groups: Sequence[Group], how: Normal
     """Make the scores of different groups comparable.
 
     none: as they are. sum, mean, max: divided by that statistic of the group (Torch-Pruning's options; SPA's
-    within-group step is `sum`). gaussian: (s - mean) / std of the group. isomorphic: rank within the bucket of groups with the same
-    topology, in (0, 1] (Isomorphic Pruning, arXiv 2407.04616: never compare units of different structure).
+    within-group step is `sum`). gaussian: (s - mean) / std of the group. isomorphic: rank within the bucket of groups
+    with the same topology, in (0, 1] (Isomorphic Pruning, arXiv 2407.04616: never compare different structures).
     """
     if how == "isomorphic":
         return _isomorphic(scores, groups)

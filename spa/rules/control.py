@@ -33,7 +33,7 @@ def _tie(op: Op, outer: Operand | None, inner: ir.Value | None, skip: Sequence[i
 
 
 def handed(node: ir.Node) -> list[tuple[int, ir.Value]]:
-    """Loop, Scan: (input slot, value inside) of what every iteration sees unchanged, such as weights passed as state."""
+    """Loop, Scan: (input slot, value inside) that every iteration sees unchanged, such as weights in a state."""
     if node.domain not in ("", "ai.onnx") or node.op_type not in ("Loop", "Scan"):
         return []
     body = node.attributes["body"].as_graph()
