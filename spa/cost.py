@@ -60,43 +60,51 @@ class CostModel:
     def totals(self, counts: Sequence[int]) -> dict[Metric, float]:
         """All metrics when leaf k keeps `counts[k]` positions."""
         out: dict[Metric, float] = {"macs": 0.0, "parameters": 0.0, "bytes": float(self.overhead)}
+        known: _Sizes = {}
         for term in self.terms:
-            out[term.metric] += self.value(term, counts)
+            out[term.metric] += self._value(term, counts, known)
         return out
 
-    def value(self, term: Term, counts: Sequence[int]) -> float:
-        """One term under `counts`."""
+    def _value(self, term: Term, counts: Sequence[int], known: _Sizes) -> float:
+        """One term under `counts`; `known` remembers the sizes found under the same counts."""
         out = term.coefficient
         for axis in term.axes:
-            out *= _size(self.solution, axis, counts)
+            out *= _size(self.solution, axis, counts, known)
         return out
 
     def change(self, counts: list[int], new: Mapping[int, int]) -> dict[Metric, float]:
         """Difference of all metrics if the leaves in `new` went from `counts` to their new counts."""
         affected = {k for leaf in new for k in self.by_leaf.get(leaf, ())}
         out: dict[Metric, float] = dict.fromkeys(METRICS, 0.0)
-        before = {k: self.value(self.terms[k], counts) for k in affected}
+        known: _Sizes = {}
+        before = {k: self._value(self.terms[k], counts, known) for k in affected}
         old = {leaf: counts[leaf] for leaf in new}
         for leaf, count in new.items():
             counts[leaf] = count
+        known = {}
         for k in affected:
-            out[self.terms[k].metric] += self.value(self.terms[k], counts) - before[k]
+            out[self.terms[k].metric] += self._value(self.terms[k], counts, known) - before[k]
         for leaf, count in old.items():
             counts[leaf] = count
         return out
 
 
-def _size(solution: Solution, axis: Axis, counts: Sequence[int]) -> int:
-    kind, parts = solution.terms[axis]
+_Sizes = dict[tuple[int, tuple[int, ...]], int]
+
+
+def _size(solution: Solution, axis: Axis, counts: Sequence[int], known: _Sizes) -> int:
+    term = solution.terms[axis]
+    kind, parts = term
     if kind == LEAF:
         return counts[parts[0]]
-    sizes = [_size(solution, p, counts) for p in parts]
-    if kind == PROD:
-        out = 1
-        for size in sizes:
-            out *= size
-        return out
-    return sum(sizes)
+    size = known.get(term)
+    if size is None:
+        size = 1 if kind == PROD else 0
+        for part in parts:
+            piece = _size(solution, part, counts, known)
+            size = size * piece if kind == PROD else size + piece
+        known[term] = size
+    return size
 
 
 def _terms(coupling: Coupling) -> list[Term]:
