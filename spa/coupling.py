@@ -68,7 +68,16 @@ class Coupling:
         rule = self._rule_of.get(use[0])
         if shape is None or (rule is not None and rule.selects):
             return False
-        return len(shape) <= 1 or (rule is not None and rule.combines)
+        return len(shape) <= 1 or self._combines(use[0])
+
+    def _combines(self, node: ir.Node) -> bool:
+        """Whether a node combines operands; exporters put an Identity between a merged constant and a use of it."""
+        if node.op_type != "Identity":
+            rule = self._rule_of.get(node)
+            return rule is not None and rule.combines
+        output = node.outputs[0]
+        uses = output.uses()
+        return bool(uses) and not output.is_graph_output() and all(self._combines(n) for n, _ in uses)
 
     _rule_of: dict[ir.Node, Rule] = field(default_factory=dict)
 

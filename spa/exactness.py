@@ -59,6 +59,11 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
             _forward(coupling, op, rule, zero, poison)
     known = {op.node: (op, coupling.rules.get(k)) for k, op in enumerate(coupling.ops)}
     out: dict[int, str] = {}
+    for op, rule in known.values():
+        for slot in rule.divisors if rule is not None else ():
+            if slot < len(op.inputs):
+                why = f"zero in a divisor of {op.node.op_type} {op.node.name or ''}".strip()
+                out.update(dict.fromkeys(_zeros(coupling, op, rule, slot, zero, poison), why))
     for flow in coupling.relations.flows:
         if flow.leaving == "pass" or pinned(coupling, flow, poison):
             continue
@@ -80,11 +85,24 @@ def _zeros(
     """Leaves on which an operand is zero once their parameters are."""
     operand = op.inputs[slot]
     point = rule.points.get(slot) if rule is not None else None
-    if operand is None or (point is not None and not _vanishes(coupling, op.input(point))):
+    if operand is None:
         return set()
+    if point is not None and not _vanishes(coupling, op.input(point)):
+        source = _quantized_by(coupling, operand.value, op.node.inputs[point])
+        return zero.get(source, set()) if source is not None else set()
     if operand.value in coupling.weights:
         return set() if operand.value in poison else _leaves(coupling, operand)
     return zero.get(operand.value, set())
+
+
+def _quantized_by(coupling: Coupling, value: ir.Value, point: ir.Value | None) -> ir.Value | None:
+    """What a node quantised into `value` with the zero point that its reader takes off again: zeros survive that."""
+    node = value.producer()
+    if node is None or node.op_type != "QuantizeLinear" or len(node.inputs) < 3:
+        return None
+    tensors = [coupling.weights.get(p) if p is not None else None for p in (node.inputs[2], point)]
+    known = [t.numpy().reshape(-1) for t in tensors if t is not None and t.size == 1]
+    return node.inputs[0] if len(known) == 2 and known[0] == known[1] else None
 
 
 def _vanishes(coupling: Coupling, operand: Operand | None) -> bool:

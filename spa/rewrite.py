@@ -81,7 +81,8 @@ class _Rewriter:
             if len(groups) > 1 and len(tensor.shape) > 1 and tensor.dtype.is_floating_point():
                 keys = {tuple(self.solution.keep(d, self.kept).tobytes() for d in dims) for _, dims in groups}
                 readers = {node for uses, _ in groups for node, _ in uses} if len(keys) > 1 else set()
-                found.update(n for n in readers if self.coupling.constants.issuperset(n.outputs))
+                computing = {n for n in readers if n.op_type != "Identity"}
+                found.update(n for n in computing if self.coupling.constants.issuperset(n.outputs))
         return found
 
     def _place(self, value: ir.Value, tensor: ir.TensorProtocol, first: bool) -> ir.Value:

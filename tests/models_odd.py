@@ -311,6 +311,70 @@ def four_bits() -> Model:
     return net.model(y=("n", "t", 5))
 
 
+def standardised() -> Model:
+    """Convolutions whose weights are computed: standardised by hand and by BatchNormalization, and weight norm."""
+    net = Net(opset=17)
+
+    def conv(x: str, name: str, weight: str, width: int) -> str:
+        bias = net.weight(f"{name}.bias", width)
+        return str(net("Relu", net("Conv", x, weight, bias, name=name, kernel_shape=[3, 3], pads=[1] * 4)))
+
+    x = net.conv(net.input("image", "n", 3, 8, 8), "stem", 3, 32)
+    v = net.weight("byhand.v", 24, 32, 3, 3)
+    centred = net("Sub", v, net("ReduceMean", v, axes=[1, 2, 3], keepdims=1))
+    spread = net("Sqrt", net("ReduceMean", net("Mul", centred, centred), axes=[1, 2, 3], keepdims=1))
+    x = conv(x, "byhand", net("Mul", net("Div", centred, spread), net.positive("byhand.gain", 24, 1, 1, 1)), 24)
+    rows = net("Reshape", net.weight("bybatch.v", 40, 24, 3, 3), net.value("rows", [1, 40, -1]))
+    stored = net.value("bybatch.mean", np.zeros(40)), net.value("bybatch.var", np.ones(40))
+    scale, shift = net.positive("bybatch.gain", 40), net.value("bybatch.shift", np.zeros(40))
+    scaled, _, _ = net("BatchNormalization", rows, scale, shift, *stored, training_mode=1, epsilon=1e-6, outputs=3)
+    x = conv(x, "bybatch", net("Reshape", scaled, net.value("kernels", [40, 24, 3, 3])), 40)
+    v = net.weight("bynorm.v", 16, 40, 3, 3)
+    unit = net("Div", v, net("ReduceL2", v, axes=[1, 2, 3], keepdims=1))
+    x = conv(x, "bynorm", net("Mul", unit, net.positive("bynorm.g", 16, 1, 1, 1)), 16)
+    net.named(net.gemm(net("Flatten", net("GlobalAveragePool", x)), "head", 16, 4), "y")
+    return net.model(y=("n", 4))
+
+
+def neighbours() -> Model:
+    """Rotary positions with neighbours as pairs: x[::2] and x[1::2] are rotated and interleaved again."""
+    net, heads, size = Net(opset=17), 4, 16
+
+    def split(x: str, name: str) -> str:
+        x = net.reshape(net.linear(x, name, 32, heads * size), 0, 0, heads, size)
+        return str(net("Transpose", x, perm=[0, 2, 1, 3]))
+
+    def every(x: str, start: int) -> str:
+        ends, axis, step = net.value("far", [10**9]), net.value("last", [-1]), net.value("two", [2])
+        return str(net("Slice", x, net.value(f"start{start}", [start]), ends, axis, step))
+
+    def rotated(x: str) -> str:
+        last, halves = net.value("last", [-1]), (every(x, 0), every(x, 1))
+        turned = [net("Unsqueeze", part, last) for part in (net("Neg", halves[1]), halves[0])]
+        turned = net.reshape(net("Concat", *turned, axis=-1), 0, 0, 0, size)
+        cos, sin = net.weight("cos", 6, size), net.weight("sin", 6, size)
+        return str(net("Add", net("Mul", x, cos), net("Mul", turned, sin)))
+
+    x = net.input("x", "n", 6, 32)
+    q, k, v = rotated(split(x, "q")), rotated(split(x, "k")), split(x, "v")
+    scores = net("Softmax", net("MatMul", q, net("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    merged = net.reshape(net("Transpose", net("MatMul", scores, v), perm=[0, 2, 1, 3]), 0, 0, heads * size)
+    net.named(net.linear(merged, "out", heads * size, 32), "y")
+    return net.model(y=("n", 6, 32))
+
+
+def merged() -> Model:
+    """Equal scales that the exporter merged: one initializer, and an Identity in front of each other use."""
+    net = Net(opset=17)
+    scale = net.value("scale", np.ones((24, 1, 1)))
+    x = net.input("image", "n", 3, 8, 8)
+    for k, (c_in, name) in enumerate([(3, "c1"), (24, "c2"), (24, "c3")]):
+        own = net("Identity", scale, name=f"scale{k}") if k else scale
+        x = net("Relu", net("Mul", net.conv(x, name, c_in, 24, act=None), own))
+    net.named(net.gemm(net("Flatten", net("GlobalAveragePool", x)), "head", 24, 4), "y")
+    return net.model(y=("n", 4))
+
+
 def old_inputs() -> Model:
     """IR version 3: every initializer is listed as a graph input."""
     model = two_layers(opset=8, ir_version=3)
@@ -341,9 +405,10 @@ ODD: dict[str, Built] = {
     f.__name__: Built(f)
     for f in (
         one_zero_bias, behind, two_layers, computed_scale, computed_shapes, branches, homonyms, loop, scan, functions,
-        qdq, four_bits, old_inputs, opset7,
+        qdq, four_bits, standardised, neighbours, merged, old_inputs, opset7,
     )
 }  # fmt: skip
 ODD["custom"] = Built(custom, runtime=False, functions=[CUSTOM])
+ODD["standardised"] = Built(standardised, written_down=True)
 # 11 bits: the sums of a layer of 24 x 9 products differ in the last two
 ODD["half"] = Built(half, tolerance=5e-3)

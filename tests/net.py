@@ -137,6 +137,8 @@ class Built:
     runtime: bool = True
     """Whether ONNX Runtime runs it as it is (else only together with `functions`)."""
     tolerance: float = 1e-4
+    written_down: bool = False
+    """Whether weights are computed from weights: the pruned file has the results, and fewer numbers than predicted."""
     functions: Sequence[onnx.FunctionProto] = field(default_factory=tuple)
     """Bodies of custom operators that the file leaves out."""
 
