@@ -20,7 +20,8 @@ from spa.symbols import Size, bind, is_static
 Metric = Literal["macs", "parameters", "bytes"]
 METRICS: tuple[Metric, ...] = ("macs", "parameters", "bytes")
 
-_COUNTED = {"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2", "FLOAT4E2M1"}
+_COUNTED = {"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "FLOAT4E2M1"}
+_COUNTED |= {"INT16", "UINT16", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2"}
 _COUNTED |= {"FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0", "COMPLEX64", "COMPLEX128"}
 
 

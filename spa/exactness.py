@@ -7,7 +7,7 @@ through the graph: a zeroed producer gives zero channels as long as every operat
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import onnx_ir as ir
 
@@ -52,11 +52,14 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
     """Leaves whose removal is not exact, each with the reason."""
     solution = coupling.solution
     zero: dict[ir.Value, set[int]] = {}
+    taken: dict[ir.Node, list[Remap]] = {}
+    for remap in coupling.relations.remaps:
+        taken.setdefault(remap.node, []).append(remap)
     for k, op in enumerate(coupling.ops):
         rule = coupling.rules.get(k)
         if rule is not None:
             zero.update((inner, _zeros(coupling, op, rule, slot, zero, poison)) for slot, inner in handed(op.node))
-            _forward(coupling, op, rule, zero, poison)
+            _forward(coupling, op, rule, zero, poison, taken.get(op.node, ()))
     known = {op.node: (op, coupling.rules.get(k)) for k, op in enumerate(coupling.ops)}
     out: dict[int, str] = {}
     for op, rule in known.values():
@@ -126,7 +129,14 @@ def _follow(coupling: Coupling, zeros: set[int], remap: Remap) -> set[int]:
     return set(solution.leaves(remap.target)) if zeros.issuperset(loose) else set()
 
 
-def _forward(coupling: Coupling, op: Op, rule: Rule, zero: dict[ir.Value, set[int]], poison: set[ir.Value]) -> None:
+def _forward(
+    coupling: Coupling,
+    op: Op,
+    rule: Rule,
+    zero: dict[ir.Value, set[int]],
+    poison: set[ir.Value],
+    remaps: Sequence[Remap],
+) -> None:
     when = rule.zero_of(op)
     if when.never:
         return
@@ -134,8 +144,8 @@ def _forward(coupling: Coupling, op: Op, rule: Rule, zero: dict[ir.Value, set[in
     summands = present if when.all_of == "all" else [k for k in when.all_of if k in present]
     factors = [k for k in when.any_of if k in present]
     zeros = {k: _zeros(coupling, op, rule, k, zero, poison) for k in {*summands, *factors}}
-    for remap in coupling.relations.remaps:
-        if remap.node is op.node and 0 in zeros:
+    for remap in remaps:
+        if 0 in zeros:
             zeros[0] = zeros[0] | _follow(coupling, zeros[0], remap)
     for k, operand in enumerate(op.outputs):
         if operand is None or (when.outputs and k not in when.outputs):
