@@ -315,7 +315,8 @@ class Law:
         known = {value: set(leaves) for value, leaves in zeros.items()}
         weights, self.coupling.weights = self.coupling.weights, {}
         try:
-            exactness._forward(self.coupling, self.op, rule, known, set())
+            remaps = [r for r in self.coupling.relations.remaps if r.node is self.op.node]
+            exactness._forward(self.coupling, self.op, rule, known, set(), remaps)
         finally:
             self.coupling.weights = weights
         return {v: leaves for v, leaves in known.items() if v not in zeros}
