@@ -331,6 +331,19 @@ class Solution:
             out = (out[:, None] & mask[None, :]).reshape(-1)
         return out
 
+    def spread(self, axis: Axis, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Per position of `axis` the largest of the per-position `values` of the leaves it is made of."""
+        kind, parts = self.terms[axis]
+        if kind == LEAF:
+            return values[self.base[parts[0]] : self.base[parts[0] + 1]]
+        pieces = [self.spread(p, values) for p in parts]
+        if kind == CAT:
+            return np.concatenate(pieces)
+        out = pieces[0]
+        for piece in pieces[1:]:
+            out = np.maximum(out[:, None], piece[None, :]).reshape(-1)
+        return out
+
     def fold(self, axis: Axis, values: NDArray[np.float64]) -> list[tuple[int, NDArray[np.float64]]]:
         """Sum per-position `values` of `axis` down to its leaves: [(leaf, per leaf position), ...]."""
         kind, parts = self.terms[axis]

@@ -24,6 +24,11 @@ from spa.symbols import Size, coefficient, is_static
 
 def rewrite(analysis: Analysis, kept: Mask) -> ir.Model:
     """A new model in which the positions outside `kept` are gone; the analysed model is not touched."""
+    return rewritten(analysis, kept).model
+
+
+def rewritten(analysis: Analysis, kept: Mask) -> Twin:
+    """As `rewrite`, with the map from the analysed model's nodes and values to those of the new one."""
     return _Rewriter(analysis, kept).run()
 
 
@@ -38,7 +43,7 @@ class _Rewriter:
         self.new = self.solution.counts(kept)
         self.twin = Twin(self.coupling.model)
 
-    def run(self) -> ir.Model:
+    def run(self) -> Twin:
         pinned = self._pinned()
         self._weights()
         self._shape_readers()
@@ -50,7 +55,7 @@ class _Rewriter:
         self._shapes()
         if pinned:
             self.twin.sweep(pinned)
-        return self.twin.model
+        return self.twin
 
     def _touched(self, axis: Axis) -> bool:
         return self.solution.touched(axis, self.changed)

@@ -31,12 +31,16 @@ __all__ = [
     "NodeArg",
     "Provider",
     "Session",
+    "Value",
     "check_installation",
     "cuda_problem",
+    "fetch",
     "open_session",
+    "place",
     "provider_of",
     "released",
     "run",
+    "run_values",
     "runner",
     "runtime_version",
 ]
@@ -91,6 +95,12 @@ class Session(Protocol):
 
     def run_with_ort_values(self, output_names: Sequence[str] | None, input_dict_ort_values: Any) -> list[Any]:
         """Compute outputs from OrtValues."""
+
+    def io_binding(self) -> Any:
+        """Inputs and outputs that stay where they are."""
+
+    def run_with_iobinding(self, iobinding: Any) -> None:
+        """Compute the outputs of a binding."""
 
 
 @functools.cache
@@ -333,6 +343,48 @@ def run(session: Session, feeds: Mapping[str, Array], outputs: Sequence[str] | N
 
 def _cannot_run(error: Exception) -> RuntimeFailure:
     return RuntimeFailure(f"ONNX Runtime cannot run the model: {_first_line(error)}.")
+
+
+class Value(Protocol):
+    """A tensor that ONNX Runtime holds, on the CPU or on the GPU (`onnxruntime.OrtValue`)."""
+
+    def shape(self) -> Sequence[int]:
+        """Its sizes."""
+
+    def numpy(self) -> Array:
+        """A copy in Python's memory."""
+
+    def tensor_size_in_bytes(self) -> int:
+        """How much memory it takes."""
+
+
+def place(array: Array) -> Value:
+    """Hand an array to ONNX Runtime, once for many runs."""
+    value: Value = _values({"": array})[""]
+    return value
+
+
+def fetch(value: Value) -> Array:
+    """Bring a tensor to Python."""
+    return np.asarray(value.numpy())
+
+
+def run_values(session: Session, feeds: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Value]:
+    """As `run`, but inputs and outputs stay with ONNX Runtime: on the GPU if the session runs there.
+
+    Raises: RuntimeFailure with the first line of ONNX Runtime's message.
+    """
+    device = provider_of(session)
+    try:
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name, device)
+        session.run_with_iobinding(binding)
+        return dict(zip(outputs, binding.get_outputs(), strict=True))
+    except Exception as error:  # see _create
+        raise _cannot_run(error) from error
 
 
 def runner(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:

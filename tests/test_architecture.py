@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "version", "wire", "blocks", "symbols"},
+    {"errors", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
     {"axes", "inference", "runtime", "signature"},
     {"external", "feeds", "footprint"},
     {"store", "bench"},
@@ -20,12 +20,14 @@ LAYERS = (
     {"rules"},
     {"shapes"},
     {"coupling"},
+    {"sites"},
+    {"executors"},
     {"cost", "exactness"},
     {"groups"},
     {"evidence", "plan"},
     {"criteria", "removal"},
-    {"budget", "rewrite"},
-    {"options", "verify"},
+    {"budget", "rewrite", "consumers"},
+    {"compensate", "options", "verify"},
     {"pipeline"},
     {"explain"},
     {"cli"},

@@ -1,0 +1,186 @@
+"""Sites of the original and of the pruned model side by side, and how they are visited."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from spa.groups import Analysis
+from spa.removal import Mask, changed_leaves
+from spa.rewrite import Twin
+from spa.sites import Site, constant_of, find_sites, site_of
+
+
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """What happens to a site's output y before anything else reads it: f(scale y + shift + other branch)."""
+
+    scale: NDArray[np.float64]
+    """[outputs of the pruned site]"""
+    shift: NDArray[np.float64]
+    skip: tuple[str, str] | None = None
+    """The branch that a residual connection adds: its name in the original and in the pruned model."""
+    low: float = -math.inf
+    """f clips to low ... high: ReLU is 0 ... inf. What lies outside on both sides need not be matched."""
+    high: float = math.inf
+
+    @property
+    def bends(self) -> bool:
+        """Whether f clips at all."""
+        return math.isfinite(self.low) or math.isfinite(self.high)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One site before and after pruning."""
+
+    original: Site
+    pruned: Site
+    outputs: NDArray[np.int64]
+    """Output channels of the original site that the pruned one still has."""
+    behind: Behind
+
+
+def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
+    """The sites of the pruned model whose inputs differ from the original's, in execution order."""
+    coupling = analysis.coupling
+    solution = coupling.solution
+    changed = changed_leaves(solution, kept)
+    affected = _affected(analysis, changed)
+    out = []
+    for site in find_sites(coupling.model):
+        mirror = site_of(twin.node(site.node))
+        dims = coupling.dims(site.output)
+        if mirror is None or dims is None or site.data not in affected or site.fused:
+            continue
+        axis = dims[1 if site.layout != "tokens" else -1]
+        outputs = np.flatnonzero(solution.keep(axis, kept))
+        if len(outputs) == mirror.groups * mirror.rows:
+            out.append(Pair(site, mirror, outputs, _behind(analysis, kept, twin, site, outputs)))
+    return out
+
+
+def _affected(analysis: Analysis, changed: set[int]) -> set[ir.Value]:
+    """Values that depend on something that was cut."""
+    coupling = analysis.coupling
+    out: set[ir.Value] = set()
+    for op in coupling.ops:
+        touched = any(v is not None and v in out for v in op.node.inputs)
+        for slot, value in enumerate(op.node.inputs):
+            if not touched and value is not None and value in coupling.weights:
+                dims = coupling.dims(value, (op.node, slot)) or ()
+                touched = any(coupling.solution.touched(d, changed) for d in dims)
+        if touched:
+            out.update(op.node.outputs)
+    return out
+
+
+_Range = tuple[float, float]
+
+
+def _behind(analysis: Analysis, kept: Mask, twin: Twin, site: Site, outputs: NDArray[np.int64]) -> Behind:
+    """Follow the output of a site through norms and sums to a clipping activation, as long as nobody else reads it."""
+    scale, shift = np.ones(site.groups * site.rows), np.zeros(site.groups * site.rows)
+    skip: tuple[str, str] | None = None
+    value = site.output
+    while True:
+        plain = Behind(scale[outputs], shift[outputs], skip)
+        uses = list(value.uses())
+        if len(uses) != 1 or value.is_graph_output():
+            return plain
+        node, slot = uses[0]
+        if node.domain not in ("", "ai.onnx"):
+            return plain
+        bounds = _clip(node)
+        if bounds is not None:
+            return replace(plain, low=bounds[0], high=bounds[1])
+        if node.op_type == "BatchNormalization" and slot == 0 and site.layout != "tokens" and skip is None:
+            norm = _norm(node)
+            if norm is None or (np.abs(norm[0]) < 1e-3 * np.abs(norm[0]).max()).any():
+                return plain  # a channel that its norm switches off cannot correct anything
+            scale, shift = scale * norm[0], shift * norm[0] + norm[1]
+        elif node.op_type == "Add":
+            other = node.inputs[1 - slot]
+            tensor = constant_of(other) if other is not None else None
+            if tensor is not None:
+                if tensor.size not in (1, len(shift)):
+                    return plain
+                shift = shift + tensor.numpy().astype(np.float64).reshape(-1)
+            elif other is None or skip is not None or not _aligned(analysis, kept, site, other):
+                return plain
+            else:
+                skip = other.name or "", twin.value(other).name or ""
+        elif node.op_type != "Identity":
+            return plain
+        value = node.outputs[0]
+
+
+def _clip(node: ir.Node) -> _Range | None:
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    if node.op_type != "Clip":
+        return None
+    bounds = [-math.inf, math.inf]
+    for k, name in enumerate(("min", "max")):
+        value = node.inputs[k + 1] if k + 1 < len(node.inputs) else None
+        tensor = constant_of(value) if value is not None else None
+        if value is not None and (tensor is None or tensor.size != 1):
+            return None
+        if tensor is not None:
+            bounds[k] = float(tensor.numpy().reshape(()))
+        elif name in node.attributes:
+            bounds[k] = node.attributes[name].as_float()
+    return bounds[0], bounds[1]
+
+
+def _norm(node: ir.Node) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Scale and shift of a batch normalisation."""
+    tensors = [constant_of(v) if v is not None else None for v in node.inputs[1:5]]
+    if any(t is None for t in tensors):
+        return None
+    gamma, beta, mean, variance = (t.numpy().astype(np.float64) for t in tensors if t is not None)
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    scale = gamma / np.sqrt(variance + epsilon)
+    return scale, beta - mean * scale
+
+
+def _aligned(analysis: Analysis, kept: Mask, site: Site, other: ir.Value) -> bool:
+    """Whether another branch has the same shape and loses the same channels."""
+    coupling = analysis.coupling
+    mine, theirs = coupling.dims(site.output), coupling.dims(other)
+    if mine is None or theirs is None or len(mine) != len(theirs) or other in coupling.constants:
+        return False
+    at = 1 if site.layout != "tokens" else len(mine) - 1
+    return np.array_equal(coupling.solution.keep(mine[at], kept), coupling.solution.keep(theirs[at], kept))
+
+
+def steps(pairs: Sequence[Pair], ancestors: dict[str, frozenset[str]]) -> Iterable[list[Pair]]:
+    """Consecutive pairs whose inputs do not depend on each other's outputs."""
+    step: list[Pair] = []
+    for pair in pairs:
+        mine = ancestors.get(pair.pruned.data.name or "", frozenset())
+        if step and any(other.pruned.name in mine for other in step):
+            yield step
+            step = []
+        step.append(pair)
+    if step:
+        yield step
+
+
+def site_ancestors(model: ir.Model, names: set[str]) -> dict[str, frozenset[str]]:
+    """Value -> the sites (of `names`) that it depends on."""
+    out: dict[str, frozenset[str]] = {}
+    empty: frozenset[str] = frozenset()
+    for node in model.graph:
+        reads = [v.name for v in node.inputs if v is not None and v.name in out]
+        joined = empty.union(*(out[n] for n in reads if n)) if reads else empty
+        for value in node.outputs:
+            mine = joined | {value.name} if value.name in names else joined
+            if mine and value.name:
+                out[value.name] = frozenset(m for m in mine if m)
+    return out

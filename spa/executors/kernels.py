@@ -1,0 +1,274 @@
+"""Small ONNX models that reduce activations to moments, where the activations are: on the CPU or on the GPU.
+
+They are models of their own, so that neither the opset nor the operators of the user's model matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from spa.moments import Joint
+from spa.runtime import Provider, Session, Value, fetch, open_session, place, run_values
+
+_OPSET = 17
+_IR_VERSION = 8
+
+
+class _Builder:
+    """Straight-line ONNX code."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+        self.inputs: list[ir.Value] = []
+        self.constants: list[ir.Value] = []
+
+    def input(self, name: str, dtype: ir.DataType, rank: int | None = None) -> ir.Value:
+        shape = None if rank is None else ir.Shape([None] * rank)
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
+        self.inputs.append(value)
+        return value
+
+    def constant(self, array: NDArray[Any]) -> ir.Value:
+        name = f"c{len(self.constants)}"
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        self.constants.append(value)
+        return value
+
+    def ints(self, *numbers: int) -> ir.Value:
+        return self.constant(np.array(numbers, dtype=np.int64))
+
+    def __call__(self, op: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
+        attrs = [
+            ir.AttrInt64(k, v) if isinstance(v, int) else ir.AttrInt64s(k, list(v)) for k, v in attributes.items()
+        ]
+        node = ir.Node("", op, inputs, attrs, num_outputs=1, name=f"n{len(self.nodes)}")
+        node.outputs[0].name = f"v{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def session(self, outputs: Mapping[str, ir.Value], provider: Provider, threads: int) -> Session:
+        finals = []
+        for name, value in outputs.items():
+            final = self("Identity", value)
+            final.name = name
+            final.type = ir.TensorType(ir.DataType.FLOAT)
+            finals.append(final)
+        graph = ir.Graph(
+            self.inputs, finals, nodes=self.nodes, initializers=self.constants, opset_imports={"": _OPSET}, name="kernel"
+        )
+        data = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION)).SerializeToString()
+        return open_session(data, provider=provider, threads=threads, optimize=True)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the columns of a linear operator lie in its operands."""
+
+    tokens: bool
+    """x [..., g c] with one row per leading index; else x [batch, g c, space ...]."""
+    groups: int
+    channels: int
+    taps: int
+    rows: int
+    """Targets per group; 0 for none."""
+    x_type: ir.DataType = ir.DataType.FLOAT
+    t_type: ir.DataType = ir.DataType.FLOAT
+    width: int = 0
+    """Channels of the target as it comes; more than `groups x rows` where only some are looked at."""
+    skip: bool = False
+    """The target gets (plus - minus) / scale on top."""
+    bend: bool = False
+    """Targets follow a clipping activation, see `_bent`."""
+    pick: bool = True
+    """Rows are picked by an index; else all are taken as they lie (tokens only)."""
+
+
+def _float(b: _Builder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    return value if dtype == ir.DataType.FLOAT else b("Cast", value, to=int(ir.DataType.FLOAT))
+
+
+def _rows(b: _Builder, x: ir.Value, tokens: bool, width: int, index: ir.Value | None, pad: bool) -> ir.Value:
+    """[batch, positions, width], the positions picked by `index`."""
+    if tokens:
+        x = b("Reshape", x, b.ints(0, -1, width) if index is not None else b.ints(1, -1, width))
+    else:
+        x = b("Transpose", b("Reshape", x, b.ints(0, width, -1)), perm=[0, 2, 1])
+        if pad:
+            x = b("Pad", x, b.ints(0, 0, 0, 0, 1, 0))
+    return x if index is None else b("Gather", x, index, axis=1)
+
+
+def _grouped(b: _Builder, x: ir.Value, groups: int, width: int, taps: int) -> ir.Value:
+    """[batch, rows taps, width] -> [g, batch rows, taps width / g]."""
+    if groups == 1:
+        return b("Reshape", x, b.ints(1, -1, taps * width))
+    x = b("Reshape", x, b.ints(-1, taps, groups, width // groups))
+    return b("Reshape", b("Transpose", x, perm=[2, 0, 1, 3]), b.ints(groups, -1, taps * (width // groups)))
+
+
+def _product(b: _Builder, left: ir.Value, right: ir.Value, form: Form, m: int, d: int) -> ir.Value:
+    """left^T right per group, [g, m, d]."""
+    if form.groups == 1:
+        flat = b("Gemm", b("Reshape", left, b.ints(-1, m)), b("Reshape", right, b.ints(-1, d)), transA=1)
+        return b("Reshape", flat, b.ints(1, m, d))
+    return b("MatMul", b("Transpose", left, perm=[0, 2, 1]), right)
+
+
+def _bent(b: _Builder, form: Form, t: ir.Value, other: ir.Value | None, rows: ir.Value) -> ir.Value:
+    """Targets that only ask for what survives an activation f = clip(scale y + shift + other, low, high).
+
+    Where the original is below `low`, any value below is as good: the target is then what the current weights give,
+    or `low` if they give more; likewise above `high`. Least squares towards these targets never increases the error
+    behind the activation (a majorising step; Zhang et al., "Accelerating very deep convolutional networks", 2016).
+    """
+    scale = b.inputs[[v.name for v in b.inputs].index("scale")] if other is not None else None
+    scale = scale if scale is not None else b.input("scale", ir.DataType.FLOAT, 1)
+    shift, weight, offset = (b.input(n, ir.DataType.FLOAT, r) for n, r in (("shift", 1), ("weight", 3), ("offset", 3)))
+    low, high = b.input("low", ir.DataType.FLOAT, 0), b.input("high", ir.DataType.FLOAT, 0)
+    now = b("Add", b("MatMul", rows, b("Transpose", weight, perm=[0, 2, 1])), offset)  # [g, N, m]
+    width = form.groups * form.rows
+    now = b("Reshape", b("Transpose", now, perm=[1, 0, 2]), b.ints(-1, width))
+    t = b("Reshape", t, b.ints(-1, width))
+    rest = shift if other is None else b("Add", shift, b("Reshape", other, b.ints(-1, width)))
+    want, have = (b("Add", b("Mul", v, scale), rest) for v in (t, now))
+    want = b("Where", b("Less", want, low), b("Min", have, low), want)
+    want = b("Where", b("Greater", want, high), b("Max", have, high), want)
+    return b("Reshape", b("Div", b("Sub", want, rest), scale), b.ints(1, -1, width))
+
+
+@lru_cache(maxsize=256)
+def _joint(form: Form, provider: Provider, threads: int) -> Session:
+    b = _Builder()
+    x = _float(b, b.input("x", form.x_type), form.x_type)
+    patches = b.input("patches", ir.DataType.INT64, 1) if form.pick else None
+    d = form.taps * form.channels
+    width = form.groups * form.channels
+    rows = _rows(b, x, form.tokens, width, patches, not form.tokens)
+    rows = _grouped(b, rows, form.groups, width, form.taps)
+    mean = b("ReduceMean", rows, axes=[1], keepdims=1)
+    centred = b("Sub", rows, mean)
+    outputs = {"mean_x": b("Squeeze", mean, b.ints(1))}
+    if not form.bend:
+        outputs["xx"] = _product(b, centred, centred, form, d, d)
+    if form.rows:
+        t = _float(b, b.input("t", form.t_type), form.t_type)
+        picks = b.input("picks", ir.DataType.INT64, 1) if form.pick else None
+        width = form.groups * form.rows
+        select = b.input("select", ir.DataType.INT64, 1) if form.width > width else None
+
+        def looked_at(value: ir.Value) -> ir.Value:
+            value = _rows(b, value, form.tokens, form.width, picks, False)
+            return value if select is None else b("Gather", value, select, axis=2)
+
+        t, minus = looked_at(t), None
+        if form.skip:
+            plus = looked_at(_float(b, b.input("plus", form.t_type), form.t_type))
+            minus = _float(b, b.input("minus", form.t_type), form.t_type)
+            minus = _rows(b, minus, form.tokens, width, picks, False)
+            t = b("Add", t, b("Div", b("Sub", plus, minus), b.input("scale", ir.DataType.FLOAT, 1)))
+        if form.bend:
+            t = _bent(b, form, t, minus, rows)
+        t = _grouped(b, t, form.groups, width, 1)
+        mean_t = b("ReduceMean", t, axes=[1], keepdims=1)
+        apart = b("Sub", t, mean_t)
+        outputs["mean_t"] = b("Squeeze", mean_t, b.ints(1))
+        outputs["tx"] = _product(b, apart, centred, form, form.rows, d)
+        outputs["tt"] = b("ReduceSum", b("Mul", apart, apart), b.ints(1), keepdims=0)
+    return b.session(outputs, provider, threads)
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Which rows of an operator's operands count, as indices that ONNX Runtime holds."""
+
+    patches: Value | None
+    """[rows taps]: positions of x; the position behind the last one reads as zero. None takes all (tokens)."""
+    targets: Value | None
+    """[rows]: positions of the target."""
+    rows: int
+    """Per sample; 0 if all are taken."""
+
+
+def joint(
+    form: Form,
+    x: Value,
+    picks: Picks,
+    target: Mapping[str, Value] | None = None,
+    *,
+    provider: Provider = "cpu",
+    threads: int = 0,
+) -> Joint:
+    """Joint moments of one batch: of x alone, or with a target.
+
+    `target` holds `t`, and as `form` asks for them: `select` (channels of t); `plus`, `minus`, `scale` (residual branch);
+    `scale`, `shift`, `low`, `high`, `weight` [g, m, d], `offset` [g, 1, m] (activation). xx is zero with `form.bend`.
+    """
+    session = _joint(form, provider, threads)
+    feeds = {"x": x}
+    if picks.patches is not None:
+        feeds["patches"] = picks.patches
+    names = ["mean_x"] if form.bend else ["mean_x", "xx"]
+    if target is not None:
+        feeds.update(target)
+        if picks.targets is not None:
+            feeds["picks"] = picks.targets
+        names += ["mean_t", "tx", "tt"]
+    got = {n: fetch(v).astype(np.float64) for n, v in run_values(session, feeds, names).items()}
+    d, g = form.taps * form.channels, form.groups
+    shape = x.shape()
+    total = int(np.prod(shape[:-1])) if picks.patches is None else int(shape[0]) * picks.rows
+    none = np.zeros((g, 0))
+    return Joint(
+        total,
+        got["mean_x"].reshape(g, d),
+        got.get("mean_t", none).reshape(g, -1),
+        got["xx"].reshape(g, d, d) if "xx" in got else np.zeros((g, d, d)),
+        got.get("tx", np.zeros((g, 0, d))).reshape(g, -1, d),
+        got.get("tt", none).reshape(g, -1),
+    )
+
+
+def indices(array: NDArray[np.int64]) -> Value:
+    """Indices, handed to ONNX Runtime."""
+    return place(np.ascontiguousarray(array.reshape(-1), dtype=np.int64))
+
+
+@lru_cache(maxsize=64)
+def _profile(layout: str, width: int, dtype: ir.DataType, provider: Provider, threads: int) -> Session:
+    b = _Builder()
+    x = _float(b, b.input("x", dtype), dtype)
+    batch = b.input("batch", ir.DataType.INT64, 1)
+    if layout == "tokens":
+        shape = b("Concat", batch, b.ints(-1, width), axis=0)
+        x, axis = b("Reshape", x, shape), 1
+    else:
+        x, axis = b("Reshape", x, b.ints(0, width, -1)), 2
+    mean = b("ReduceMean", x, axes=[axis], keepdims=1)
+    centred = b("Sub", x, mean)
+    return b.session(
+        {
+            "mean": b("Squeeze", mean, b.ints(axis)),
+            "variance": b("ReduceMean", b("Mul", centred, centred), axes=[axis], keepdims=0),
+            "absolute": b("ReduceMean", b("Abs", x), axes=[axis], keepdims=0),
+        },
+        provider,
+        threads,
+    )
+
+
+def profile(
+    tokens: bool, width: int, dtype: ir.DataType, x: Value, batch: int, *, provider: Provider = "cpu", threads: int = 0
+) -> tuple[NDArray[np.float64], int]:
+    """Per sample and channel [batch, 3, width]: mean, variance and mean magnitude over positions; and positions."""
+    session = _profile("tokens" if tokens else "conv", width, dtype, provider, threads)
+    got = run_values(session, {"x": x, "batch": place(np.array([batch]))}, ["mean", "variance", "absolute"])
+    rows = np.stack([fetch(got[n]).astype(np.float64) for n in ("mean", "variance", "absolute")], axis=1)
+    return rows, int(np.prod(x.shape())) // (batch * width)

@@ -1,0 +1,124 @@
+"""Which input positions each output position of a convolution reads, and which output positions are looked at."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spa.sites import Site
+
+
+def _list(site: Site, name: str, default: int, rank: int) -> list[int]:
+    attribute = site.node.attributes.get(name)
+    return [default] * rank if attribute is None else [int(v) for v in attribute.as_ints()]
+
+
+def _pads(site: Site, space: Sequence[int], strides: list[int], spans: list[int]) -> list[int]:
+    """Pads before each axis."""
+    rank = len(space)
+    mode = site.node.attributes.get("auto_pad")
+    kind = "NOTSET" if mode is None else mode.as_string()
+    if kind in ("SAME_UPPER", "SAME_LOWER"):
+        out = []
+        for size, stride, span in zip(space, strides, spans, strict=True):
+            total = max((math.ceil(size / stride) - 1) * stride + span - size, 0)
+            out.append(total // 2 if kind == "SAME_UPPER" else total - total // 2)
+        return out
+    return [0] * rank if kind == "VALID" else _list(site, "pads", 0, 2 * rank)[:rank]
+
+
+def window(site: Site, space: Sequence[int], out_space: Sequence[int], chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Flat input position of each kernel tap for the flat output positions `chosen`: [chosen, taps].
+
+    Positions outside of the input are given as the number of input positions.
+
+    Args:
+        site: a convolution, plain or transposed.
+        space: spatial sizes of its input.
+        out_space: spatial sizes of its output.
+        chosen: flat output positions.
+    """
+    rank = len(space)
+    strides, dilations = _list(site, "strides", 1, rank), _list(site, "dilations", 1, rank)
+    spans = [(k - 1) * d + 1 for k, d in zip(site.kernel, dilations, strict=True)]
+    place = np.unravel_index(chosen, tuple(out_space))
+    taps = np.unravel_index(np.arange(site.taps), site.kernel)
+    flat = np.zeros((len(chosen), site.taps), dtype=np.int64)
+    inside = np.ones((len(chosen), site.taps), dtype=bool)
+    pads = _pads(site, space, strides, spans) if site.layout == "conv" else _transposed_pads(site, space, out_space)
+    for a in range(rank):
+        if site.layout == "conv":
+            at = place[a][:, None] * strides[a] - pads[a] + taps[a][None, :] * dilations[a]
+        else:
+            at = place[a][:, None] + pads[a] - taps[a][None, :] * dilations[a]
+            inside &= at % strides[a] == 0
+            at = at // strides[a]
+        inside &= (at >= 0) & (at < space[a])
+        flat = flat * space[a] + at
+    return np.where(inside, flat, math.prod(space))
+
+
+def _transposed_pads(site: Site, space: Sequence[int], out_space: Sequence[int]) -> list[int]:
+    """Pads before each axis of a transposed convolution; where they are automatic they follow from its output size."""
+    rank = len(space)
+    mode = site.node.attributes.get("auto_pad")
+    kind = "NOTSET" if mode is None else mode.as_string()
+    if kind not in ("SAME_UPPER", "SAME_LOWER") and "output_shape" not in site.node.attributes:
+        return _list(site, "pads", 0, 2 * rank)[:rank]
+    strides, dilations = _list(site, "strides", 1, rank), _list(site, "dilations", 1, rank)
+    extra = _list(site, "output_padding", 0, rank)
+    out = []
+    for a in range(rank):
+        span = (site.kernel[a] - 1) * dilations[a] + 1
+        total = max(strides[a] * (space[a] - 1) + extra[a] + span - out_space[a], 0)
+        out.append(total // 2 if kind != "SAME_LOWER" else total - total // 2)
+    return out
+
+
+def output_space(site: Site, space: Sequence[int]) -> tuple[int, ...]:
+    """Spatial sizes of the output of a convolution that reads `space`."""
+    rank = len(space)
+    strides, dilations = _list(site, "strides", 1, rank), _list(site, "dilations", 1, rank)
+    spans = [(k - 1) * d + 1 for k, d in zip(site.kernel, dilations, strict=True)]
+    mode = site.node.attributes.get("auto_pad")
+    same = mode is not None and mode.as_string().startswith("SAME")
+    pads = _list(site, "pads", 0, 2 * rank)
+    if mode is not None and mode.as_string() == "VALID":
+        pads = [0] * (2 * rank)
+    if site.layout == "conv":
+        if same:
+            return tuple(math.ceil(n / s) for n, s in zip(space, strides, strict=True))
+        return tuple((space[a] + pads[a] + pads[a + rank] - spans[a]) // strides[a] + 1 for a in range(rank))
+    if "output_shape" in site.node.attributes:
+        return tuple(_list(site, "output_shape", 0, rank)[-rank:])
+    if same:
+        return tuple(n * s for n, s in zip(space, strides, strict=True))
+    extra = _list(site, "output_padding", 0, rank)
+    return tuple(
+        strides[a] * (space[a] - 1) + extra[a] + spans[a] - pads[a] - pads[a + rank] for a in range(rank)
+    )
+
+
+def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDArray[np.int64]:
+    """Output positions that are looked at: the same for all samples, chosen by the operator's name.
+
+    As many as make the moments cost about what the operator costs itself, but at least enough for `least` rows per
+    column over all samples.
+    """
+    affordable = positions * site.rows / site.columns
+    needed = least * site.columns / max(samples, 1)
+    count = int(min(max(affordable, needed, 1), positions))
+    if count == positions:
+        return np.arange(positions)
+    rng = np.random.default_rng(zlib.crc32(site.name.encode()))
+    return np.sort(rng.permutation(positions)[:count])
+
+
+def spatial(shape: Sequence[Any]) -> tuple[int, ...]:
+    """Sizes behind batch and channels."""
+    return tuple(int(n) for n in shape[2:])
