@@ -17,7 +17,8 @@ from spa.axes import LEAF, PROD, Axis, Solution
 from spa.coupling import Coupling, weights_of
 from spa.symbols import Size, bind, is_static
 
-Metric = Literal["macs", "parameters", "bytes"]
+Metric = Literal["macs", "parameters", "bytes", "units"]
+"""`units` is what selection counts; a cost model knows the others."""
 METRICS: tuple[Metric, ...] = ("macs", "parameters", "bytes")
 
 _COUNTED = {"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "FLOAT4E2M1"}

@@ -1,4 +1,4 @@
-"""What criteria may ask for. For now: the weights, as sums over everything but one axis."""
+"""What criteria may ask for: the weights, as sums over everything but one axis, and what was measured on data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spa.coupling import Coupling
+from spa.errors import UsageError
 from spa.groups import Analysis, Group, Member
+from spa.measured import Measured
 
 Vector = NDArray[np.float64]
 _CHUNK = 1 << 22
@@ -23,7 +25,22 @@ class Evidence:
 
     analysis: Analysis
     seed: int = 0
+    data: Measured | None = None
+    """Measurements on calibration samples, if there are any."""
     _sums: dict[tuple[ir.Value, int], list[Vector]] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> Measured:
+        """Measurements on calibration samples.
+
+        Raises:
+            UsageError: there are no samples.
+        """
+        if self.data is None:
+            raise UsageError(
+                "this criterion looks at activations: give --calibration PATH, or --calibration none for made-up inputs"
+            )
+        return self.data
 
     def power_sums(self, member: Member, power: Literal[1, 2]) -> Vector:
         """sum |w|^power over the slice of each position of the member's axis, float64 [size of the axis]."""

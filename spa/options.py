@@ -7,12 +7,11 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from spa.budget.select import Align, Allocation, MinKeep
-from spa.criteria import AGGREGATIONS, NORMALISATIONS
+from spa.budget.select import Align, MinKeep
 from spa.errors import OutputError, TargetError, UsageError
 from spa.groups import KINDS, Analysis, Group
 
@@ -100,14 +99,6 @@ def check_choices(scope: str, kinds: Sequence[str], align: Align) -> None:
         raise UsageError(f"align must be auto or a positive number, not {align!r}")
 
 
-def check_named(**chosen: str) -> None:
-    """Raise UsageError for an unknown aggregation, normalisation or allocation."""
-    known = {"aggregation": AGGREGATIONS, "normalisation": NORMALISATIONS, "allocation": get_args(Allocation)}
-    for option, value in chosen.items():
-        if value not in known[option]:
-            raise UsageError(f"unknown {option} {value!r}; choose one of {', '.join(known[option])}")
-
-
 def check_output(output: str | os.PathLike[str] | None) -> None:
     """Raise OutputError if the result could not be written: before the work, not after it."""
     if output is None:
@@ -119,3 +110,20 @@ def check_output(output: str | os.PathLike[str] | None) -> None:
         raise OutputError(f"{path}: the folder {str(path.parent)!r} does not exist; create it first")
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path}: the folder {str(path.parent)!r} is not writable; choose another output")
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of "4GB", "512MiB" or a number.
+
+    Raises:
+        UsageError: the text is none of these, or below 64 MB.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b?)\s*", str(text), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"--memory: cannot read {text!r}; write for example 4GB or 512MiB")
+    unit = match[2].lower()
+    base = 1024 if "i" in unit else 1000
+    size = int(float(match[1]) * base ** " kmgt".index(unit[0] if unit and unit[0] in "kmgt" else " "))
+    if size < 64_000_000:
+        raise UsageError(f"--memory: {text} is too little; give 64MB or more")
+    return size

@@ -8,34 +8,39 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from spa.budget import parse_targets, select
+from spa.budget import parse_targets
 from spa.budget.select import Align, Allocation
+from spa.cache import Cache
+from spa.calibration import load_calibration
 from spa.cost import Metric, parameters_of
 from spa.coupling import tensor_of
-from spa.criteria import CRITERIA, Aggregation, Normalisation, normalise
+from spa.criteria import Aggregation, Normalisation
 from spa.errors import OutputError, PlanError, UsageError
-from spa.evidence import Evidence
+from spa.executors.collect import Setup
 from spa.feeds import load_feeds
 from spa.graph import Graph, Source, load, restore
 from spa.groups import Analysis, analyze_model
-from spa.options import Scope, check_choices, check_named, check_output, choose, parse_min_keep
+from spa.methods import Compensation, Recalibration, resolve
+from spa.options import Scope, check_choices, check_output, parse_memory, parse_min_keep
 from spa.plan import GroupRecord, Plan
 from spa.plan import read as read_plan
 from spa.removal import Mask, kept_by, kept_without, removals
-from spa.rewrite import rewrite
+from spa.rewrite import rewritten
+from spa.runtime import Provider
 from spa.signature import inputs_of
 from spa.store import publish, save
+from spa.study import Fit, Query, Removed, Study, best_of
 from spa.verify import Verification, compare, masked, require, zeroed
 from spa.version import __version__
 
 Progress = Callable[[str], None]
-STAGES = ("load", "analyze", "score", "plan", "rewrite", "verify", "save")
+STAGES = ("load", "analyze", "calibrate", "compare", "score", "plan", "rewrite", "verify", "compensate", "save")
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,10 @@ class Report:
     """Wall time per stage."""
     align: Align = "auto"
     """Alignment that was used."""
+    method: str = ""
+    """The method, or the criterion where none was named."""
+    fit: Fit | None = None
+    """How well the compensated model does; None without calibration samples."""
 
     def to_json(self) -> dict[str, Any]:
         """As `spa prune --json` prints it."""
@@ -126,10 +135,22 @@ def prune(
     *,
     target: str | Sequence[str],
     output: str | os.PathLike[str] | None = None,
-    criterion: str = "l2",
-    aggregation: Aggregation = "mean",
-    normalisation: Normalisation = "mean",
-    allocation: Allocation = "global",
+    method: str | None = None,
+    criterion: str | None = None,
+    aggregation: Aggregation | None = None,
+    normalisation: Normalisation | None = None,
+    allocation: Allocation | None = None,
+    compensate: Compensation | None = None,
+    recalibrate: Recalibration | None = None,
+    calibration: Any = None,
+    samples: int | None = None,
+    batch: int = 32,
+    preprocess: Any = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    max_length: int | None = None,
+    memory: str | int = "4GB",
+    provider: Provider = "cpu",
+    cache: str | os.PathLike[str] | None = None,
     scope: Scope = "exact",
     kinds: Sequence[str] = (),
     ignore: Sequence[str] = (),
@@ -141,60 +162,100 @@ def prune(
     check: bool = True,
     progress: Progress | None = None,
 ) -> Result:
-    """Prune a model until it meets every target, prove that the surgery is exact, and write it.
+    """Prune a model until it meets every target, prove that the surgery is exact, compensate, and write it.
 
     Args:
         source: path, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`; it is not changed.
         target: such as `macs=0.6` (at most 60 % of the original), `macs=2.0G`, `params=0.5`, `size=10MB`.
         output: file to write; without it `Result.model` holds the pruned model, of the same kind as `source`.
-        criterion: name in `spa.CRITERIA`.
+        method: name in `spa.METHODS`, which stands for a criterion, a budget rule and a compensation, or `auto`: the
+            one of several that does best on samples held out; by default l2 norms without compensation.
+        criterion: name in `spa.CRITERIA`; this and the next five override a part of the method.
         aggregation: how the scores of a unit's members are joined.
         normalisation: how scores of different groups are made comparable.
-        allocation: `global` ranking, or the same share of every group (`uniform`).
+        allocation: `global` ranking, the same share of every group (`uniform`), or least loss per cost (`efficient`).
+        compensate: `bias` puts the mean of what was removed into the biases; `obs` refits all weights behind it in
+            closed form, on the pruned model's own activations; `obs-dense` on the original's; `none`.
+        recalibrate: `norm` re-estimates norm statistics, `auto` keeps that if it helps, `none`.
+        calibration: samples: see `spa.load_calibration`; `none`, `noise` and `bn` make inputs up.
+        samples: use only so many of them.
+        batch: samples per run.
+        preprocess: how images become inputs, see `spa.load_calibration`.
+        tokenizer: `tokenizer.json` for texts.
+        max_length: tokens per text.
+        memory: what measurements and activations may take, such as `4GB`.
+        provider: where samples are run: `cpu`, `cuda`, or `auto`.
+        cache: folder in which measurements are kept for further queries; None keeps nothing.
         scope: `exact` prunes only atoms that leave exactly; `all` also those that meet a statistic.
         kinds: only these kinds of units (all if empty).
         ignore: shell patterns; groups whose name, tensors or nodes match are left alone.
         align: kept units per group are a multiple of this.
         min_keep: units kept per group: a number, a share such as "10%", or per kind: "head=2,channel=8"; `auto` keeps
             a tenth of every group unless a target needs more to leave.
-        seed: of random scores and of the inputs used for verification.
+        seed: of random scores, of the choice of samples and of the inputs used for verification.
         dims: sizes of symbolic axes by name, for costs and verification.
         inputs: `.npz` with one array per graph input, for verification instead of synthetic inputs.
         check: verify before anything is written.
         progress: called with the name of each stage.
 
     Raises:
-        UsageError: an option is wrong.
+        UsageError: an option is wrong, or samples do not fit the model.
         ModelError: the model cannot be read.
         TargetError: a target cannot be reached.
         VerifyError: the result differs from its reference; nothing is written.
-        RuntimeFailure: the model does not run, so that it cannot be verified.
+        RuntimeFailure: the model does not run, so that it cannot be verified or measured.
         OutputError: the result cannot be written.
     """
     clock = _Clock(progress)
     targets = parse_targets(target)
-    scorer = CRITERIA.get(criterion)
-    if scorer is None:
-        raise UsageError(f"unknown criterion {criterion!r}; choose one of {', '.join(CRITERIA)}")
+    chosen = resolve(
+        method,
+        criterion=criterion,
+        aggregation=aggregation,
+        normalisation=normalisation,
+        allocation=allocation,
+        compensate=compensate,
+        recalibrate=recalibrate,
+    )
     check_choices(scope, kinds, align)
-    check_named(aggregation=aggregation, normalisation=normalisation, allocation=allocation)
     keep = parse_min_keep(min_keep)
+    setup = Setup(batch, parse_memory(memory), provider)
+    needed = [m.name for m in chosen if m.needs_data]
+    if needed and calibration is None:
+        raise UsageError(
+            f"{needed[0]} looks at activations: give --calibration PATH, or --calibration none for made-up inputs"
+        )
     check_output(output)
     with clock.stage("load"):
         graph = load(source)
     with clock.stage("analyze"):
         analysis = analyze(graph, dims=dims)
-    groups = choose(analysis, scope, kinds, ignore)
+    data = None
+    with clock.stage("calibrate"):
+        if calibration is not None:
+            data = load_calibration(
+                calibration,
+                graph.model,
+                samples=samples,
+                seed=seed,
+                preprocess=preprocess,
+                tokenizer=tokenizer,
+                max_length=max_length,
+                dims=dims,
+            )
+    store = Cache(None if cache is None else Path(cache), graph.sha256)
+    query = Query(analysis, targets, scope, tuple(kinds), tuple(ignore), align, keep)
+    studies = [Study(query, m, seed, data, setup, store) for m in chosen]
+    if len(studies) > 1:
+        with clock.stage("compare"):
+            studies = [best_of(studies)]
+    study = studies[0]
     with clock.stage("score"):
-        evidence = Evidence(analysis, seed)
-        raw = {g.name: scorer.score(g, evidence, aggregation) for g in groups}
-        scores = normalise(raw, groups, normalisation)
+        scored = study.score()
     settings = {
         "targets": [t.text for t in targets],
-        "criterion": criterion,
-        "aggregation": aggregation,
-        "normalisation": normalisation,
-        "allocation": allocation,
+        **study.method.settings(),
+        "calibration": None if data is None else {"name": data.name, "samples": data.samples, "sha256": data.digest},
         "scope": scope,
         "kinds": list(kinds),
         "ignore": list(ignore),
@@ -209,16 +270,14 @@ def prune(
     spare: dict[Metric, float] = {}
     while True:
         with clock.stage("plan"):
-            chosen = select(
-                analysis, groups, scores, targets, allocation=allocation, align=align, min_keep=keep, spare=spare
-            )
-            kept = kept_without(analysis, chosen.removed)
-            records = tuple(GroupRecord(g.name, g.kind, g.units, units, g.exact) for g, units in chosen.removed)
-            settings["align"] = chosen.align
+            selection = study.select(scored, spare)
+            kept = kept_without(analysis, selection.removed)
+            records = tuple(GroupRecord(g.name, g.kind, g.units, units, g.exact) for g, units in selection.removed)
+            settings["align"] = selection.align
             plan = Plan(graph.sha256, removals(analysis, kept), records, settings, f"spa {__version__}")
-        job = _Job(graph, analysis, plan, kept, clock, output, dims, inputs, seed, check, chosen.align)
+        job = _Job(graph, analysis, plan, kept, clock, output, dims, inputs, seed, check, selection.align)
         try:
-            return _finish(job, most)
+            return _finish(job, most, study, selection.removed)
         except _Oversize as error:
             spare[error.metric] = spare.get(error.metric, 0) + error.excess
 
@@ -315,11 +374,14 @@ class _Oversize(Exception):
         self.metric, self.excess = metric, excess
 
 
-def _finish(job: _Job, most: Mapping[Metric, float] | None = None) -> Result:
-    """Rewrite, write to a staging folder, verify, publish; at most `most` of a metric is accepted."""
+def _finish(
+    job: _Job, most: Mapping[Metric, float] | None = None, study: Study | None = None, removed: Removed = ()
+) -> Result:
+    """Rewrite, write to a staging folder, verify, compensate, publish; at most `most` of a metric is accepted."""
     clock = job.clock
     with clock.stage("rewrite"):
-        model = rewrite(job.analysis, job.kept)
+        twin = rewritten(job.analysis, job.kept)
+        model = twin.model
     path = Path(job.output) if job.output is not None else None
     name = path.name if path is not None else "pruned.onnx"
     try:
@@ -329,15 +391,19 @@ def _finish(job: _Job, most: Mapping[Metric, float] | None = None) -> Result:
     try:
         with clock.stage("save"):
             size = save(model, folder / name, external=job.graph.external)
-        written: dict[Metric, float] = {"bytes": size, "parameters": parameters_of(model)}
-        for metric, limit in (most or {}).items():
-            if written[metric] > limit:
-                raise _Oversize(metric, int(written[metric] - limit) + 1)
+        written = _within(model, size, most)
         verification = None
         if job.check:
             with clock.stage("verify"):
                 verification = _compare(job, folder / name)
                 require(verification, str(path or "the pruned model"))
+        fit = None
+        if study is not None and study.data is not None:
+            with clock.stage("compensate"):
+                fit = study.compensate(job.kept, twin, removed)
+            with clock.stage("save"):
+                size = save(model, folder / name, external=job.graph.external)
+            written = _within(model, size, most)
         if path is not None:
             try:
                 publish({path.with_name(f.name): f for f in sorted(folder.iterdir(), reverse=True)})
@@ -346,7 +412,19 @@ def _finish(job: _Job, most: Mapping[Metric, float] | None = None) -> Result:
         finished = restore(job.graph, model) if path is None else None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return Result(finished, path, job.plan, _report(job, written, verification))
+    report = _report(job, written, verification)
+    if study is not None:
+        report = replace(report, method=study.method.name, fit=fit)
+    return Result(finished, path, job.plan, report)
+
+
+def _within(model: ir.Model, size: int, most: Mapping[Metric, float] | None) -> dict[Metric, float]:
+    """What was written, if a target allows it."""
+    written: dict[Metric, float] = {"bytes": size, "parameters": parameters_of(model)}
+    for metric, limit in (most or {}).items():
+        if written[metric] > limit:
+            raise _Oversize(metric, int(written[metric] - limit) + 1)
+    return written
 
 
 def _report(job: _Job, written: Mapping[Metric, float], verification: Verification | None) -> Report:

@@ -68,6 +68,20 @@ class Site:
         """d = k c."""
         return self.taps * self.channels
 
+    @property
+    def output_axis(self) -> int:
+        """Axis of the stored weight along which the outputs lie (within their group)."""
+        if self.layout == "conv":
+            return 0
+        return 1 if self.transposed else 0
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """The weight as it is now, [g, m, k c]."""
+        tensor = constant_of(self.weight)
+        assert tensor is not None
+        return self.matrix(tensor.numpy())
+
     def matrix(self, array: NDArray[Any]) -> NDArray[np.float64]:
         """The stored weight as [g, m, k c], float64."""
         g, m, c, k = self.groups, self.rows, self.channels, self.taps

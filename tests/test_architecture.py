@@ -13,21 +13,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
-    {"axes", "inference", "runtime", "signature"},
+    {"axes", "cache", "inference", "runtime", "signature"},
     {"external", "feeds", "footprint"},
-    {"store", "bench"},
+    {"store", "bench", "calibration"},
     {"graph"},
     {"rules"},
     {"shapes"},
     {"coupling"},
-    {"sites"},
-    {"executors"},
-    {"cost", "exactness"},
-    {"groups"},
+    {"cost", "exactness", "sites"},
+    {"groups", "executors"},
+    {"consumers"},
+    {"measured"},
     {"evidence", "plan"},
     {"criteria", "removal"},
-    {"budget", "rewrite", "consumers"},
-    {"compensate", "options", "verify"},
+    {"budget", "rewrite"},
+    {"compensate", "methods", "options", "verify"},
+    {"sensitivity"},
+    {"study"},
     {"pipeline"},
     {"explain"},
     {"cli"},
@@ -35,7 +37,18 @@ LAYERS = (
 )
 """Lowest first; a module imports lower layers, and others of its own package. `spa/__init__.py` is above them all."""
 LEVEL = {name: k for k, layer in enumerate(LAYERS) for name in layer}
-OPTIONAL = {"torch", "onnx_graphsurgeon", "networkx", "typer", "rich", "grpc", "sklearn", "hypothesis"}
+OPTIONAL = {
+    "torch",
+    "onnx_graphsurgeon",
+    "networkx",
+    "typer",
+    "rich",
+    "grpc",
+    "sklearn",
+    "hypothesis",
+    "PIL",
+    "tokenizers",
+}
 LIMIT = 500
 
 

@@ -40,7 +40,8 @@ def costs_of(analysis: Analysis, removed: dict[str, int]) -> dict[str, float]:
     for group in analysis.groups:
         for leaf, n in group.leaves.items():
             counts[leaf] -= n * removed.get(group.name, 0)
-    return dict(analysis.cost.totals(counts))
+    left = sum(group.units - removed.get(group.name, 0) for group in analysis.groups)
+    return dict(analysis.cost.totals(counts)) | {"units": left}
 
 
 def met(analysis: Analysis, costs: dict[str, float], texts: str) -> bool:
@@ -48,8 +49,8 @@ def met(analysis: Analysis, costs: dict[str, float], texts: str) -> bool:
     return all(costs[t.metric] <= t.bound(full[t.metric]) * (1 + 1e-9) for t in parse_targets(texts))
 
 
-@pytest.mark.parametrize("allocation", ["global", "uniform"])
-@pytest.mark.parametrize("targets", ["macs=0.7", "params=0.6", "macs=0.8,params=0.5,size=0.7"])
+@pytest.mark.parametrize("allocation", ["global", "uniform", "efficient"])
+@pytest.mark.parametrize("targets", ["macs=0.7", "units=0.6", "params=0.6", "macs=0.8,params=0.5,size=0.7"])
 @pytest.mark.parametrize("align", [1, 2, "auto"])
 def test_laws(analysis: Analysis, allocation: str, targets: str, align: int | str) -> None:
     scores = random_scores(analysis)

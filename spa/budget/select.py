@@ -20,7 +20,7 @@ from spa.errors import TargetError
 from spa.evidence import Vector
 from spa.groups import Analysis, Frozen, Group
 
-Allocation = Literal["global", "uniform"]
+Allocation = Literal["global", "uniform", "efficient"]
 Align = int | Literal["auto"]
 MinKeep = Callable[[Group], int]
 _FLOOR = 0.1
@@ -50,6 +50,8 @@ class _Queue:
     """Number of units per chunk."""
     scores: list[float]
     """Mean score per chunk."""
+    losses: list[float]
+    """Loss after so many chunks have left, one more entry than chunks."""
     taken: int = 0
     """Chunks removed so far."""
 
@@ -83,6 +85,7 @@ def select(
     align: Align = "auto",
     min_keep: MinKeep | None = None,
     spare: Mapping[Metric, float] | None = None,
+    curves: Mapping[str, Vector] | None = None,
 ) -> Selection:
     """Choose the units that leave.
 
@@ -91,23 +94,29 @@ def select(
         groups: the groups that may be pruned.
         scores: importance per unit and group, comparable across groups, [units] each.
         targets: limits, all of which must hold.
-        allocation: `global` ranks all units together, `uniform` removes the same share of every group.
+        allocation: `global` ranks all units together, `uniform` removes the same share of every group, `efficient`
+            takes what loses least per cost saved, the scores being losses that add up.
         align: kept units per group are a multiple of this; `auto` chooses, and yields where a target needs it.
         min_keep: units to keep at least, per group; None keeps a tenth, and yields where a target needs it.
+        curves: for `efficient`, the loss after the first k units of a group have left, [units + 1]; by default the
+            running sum of its scores.
         spare: how far to stay below the limits, for what the written file holds beyond the estimate.
 
     Raises:
         TargetError: the targets cannot be reached; names the best reachable point and what freezes the rest.
     """
     cost = analysis.cost
-    original = cost.totals(cost.full)
+    original = cost.totals(cost.full) | {"units": float(sum(g.units for g in groups))}
     limits = {t: t.bound(original[t.metric]) - (spare or {}).get(t.metric, 0.0) for t in targets}
     floor: dict[Metric, float] = {}
     for step, keep in _relaxations(align, min_keep):
-        queues = [_queue(g, scores[g.name], min(step, alignment(g, align)), keep(g)) for g in groups]
+        queues = [
+            _queue(g, scores[g.name], min(step, alignment(g, align)), keep(g), (curves or {}).get(g.name))
+            for g in groups
+        ]
         floor = _floor(cost, queues)
         if all(floor[t.metric] <= limit for t, limit in limits.items()):
-            costs = (_uniform if allocation == "uniform" else _global)(cost, queues, limits)
+            costs = {"uniform": _uniform, "global": _global, "efficient": _efficient}[allocation](cost, queues, limits)
             removed = tuple((q.group, tuple(sorted(q.order[: q.removed]))) for q in queues if q.taken)
             return Selection(removed, costs, original, align if align != "auto" or step == _KERNEL else step)
     missed = [t for t, limit in limits.items() if floor[t.metric] > limit]
@@ -127,7 +136,7 @@ def _relaxations(align: Align, min_keep: MinKeep | None) -> list[tuple[int, MinK
     return [*((step, tenth) for step in steps), (steps[-1], lambda group: 1)]
 
 
-def _queue(group: Group, scores: Vector, step: int, keep: int) -> _Queue:
+def _queue(group: Group, scores: Vector, step: int, keep: int, curve: Vector | None = None) -> _Queue:
     order = np.argsort(scores, kind="stable").tolist()
     chunks: list[int] = []
     left = group.units
@@ -139,7 +148,9 @@ def _queue(group: Group, scores: Vector, step: int, keep: int) -> _Queue:
     starts = np.cumsum([0, *chunks])[:-1]
     ranked = np.asarray(scores, dtype=np.float64)[order[: sum(chunks)]]
     means = (np.add.reduceat(ranked, starts) / chunks).tolist() if chunks else []
-    return _Queue(group, order, chunks, means)
+    running = np.concatenate([[0.0], np.cumsum(np.asarray(scores, dtype=np.float64)[order])])
+    losses = (running if curve is None else curve)[np.cumsum([0, *chunks])].tolist()
+    return _Queue(group, order, chunks, means, losses)
 
 
 def _shift(cost: CostModel, counts: list[int], costs: dict[Metric, float], group: Group, units: int) -> None:
@@ -147,6 +158,7 @@ def _shift(cost: CostModel, counts: list[int], costs: dict[Metric, float], group
     new = {leaf: counts[leaf] - n * units for leaf, n in group.leaves.items()}
     for metric, delta in cost.change(counts, new).items():
         costs[metric] += delta
+    costs["units"] -= units
     for leaf, count in new.items():
         counts[leaf] = count
 
@@ -155,17 +167,64 @@ def _met(costs: Mapping[Metric, float], limits: Mapping[Target, float]) -> bool:
     return all(costs[t.metric] <= limit * (1 + 1e-12) for t, limit in limits.items())
 
 
+def _units(queues: Sequence[_Queue]) -> dict[Metric, float]:
+    return {"units": float(sum(q.group.units for q in queues))}
+
+
 def _floor(cost: CostModel, queues: Sequence[_Queue]) -> dict[Metric, float]:
     counts = list(cost.full)
     for q in queues:
         for leaf, n in q.group.leaves.items():
             counts[leaf] -= n * sum(q.chunks)
-    return cost.totals(counts)
+    left = float(sum(q.group.units - sum(q.chunks) for q in queues))
+    return cost.totals(counts) | {"units": left}
+
+
+def _efficient(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, float]) -> dict[Metric, float]:
+    """Greedy along the lower convex hulls of the groups' losses, by loss per cost saved.
+
+    Savings are those of the model as it then is, and only shrink while it does: a candidate is valued again before it
+    is taken, and waits if another one is better by then.
+    """
+    counts = list(cost.full)
+    costs = cost.totals(counts) | _units(queues)
+
+    def price(q: _Queue) -> float:
+        """Loss per saving of the next step along the hull; savings count relative to the limits still missed."""
+        ends = np.cumsum(q.chunks[q.taken :])
+        slope = float(((np.array(q.losses[q.taken + 1 :]) - q.losses[q.taken]) / ends).min())
+        size = q.chunks[q.taken]
+        new = {leaf: counts[leaf] - n * size for leaf, n in q.group.leaves.items()}
+        change = cost.change(counts, new) | {"units": float(-size)}
+        missed = {t.metric: limit for t, limit in limits.items() if costs[t.metric] > limit}
+        saved = sum(-change[m] / max(limit, 1e-30) for m, limit in missed.items())
+        return max(slope, 0.0) * size / saved if saved > 0 else math.inf
+
+    heap = [(price(q), k) for k, q in enumerate(queues) if q.chunks]
+    heapq.heapify(heap)
+    while heap and not _met(costs, limits):
+        _, k = heapq.heappop(heap)
+        q = queues[k]
+        now = price(q)
+        if heap and now > heap[0][0] * (1 + 1e-9):
+            heapq.heappush(heap, (now, k))
+            continue
+        _shift(cost, counts, costs, q.group, q.chunks[q.taken])
+        q.taken += 1
+        if q.taken < len(q.chunks):
+            heapq.heappush(heap, (price(q), k))
+    _restore(cost, counts, costs, queues, limits, most=max((q.taken for q in queues), default=0), worth=_last_loss)
+    return costs
+
+
+def _last_loss(q: _Queue) -> float:
+    """What the last chunk that left costs per unit."""
+    return (q.losses[q.taken] - q.losses[q.taken - 1]) / q.chunks[q.taken - 1]
 
 
 def _global(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, float]) -> dict[Metric, float]:
     counts = list(cost.full)
-    costs = cost.totals(counts)
+    costs = cost.totals(counts) | _units(queues)
     heap = [(q.scores[0], k) for k, q in enumerate(queues) if q.chunks]
     heapq.heapify(heap)
     while heap and not _met(costs, limits):
@@ -186,9 +245,10 @@ def _restore(
     queues: Sequence[_Queue],
     limits: Mapping[Target, float],
     most: int,
+    worth: Callable[[_Queue], float] = lambda q: q.scores[q.taken - 1],
 ) -> None:
     """Put the most important chunks back (`most` per group) while the targets hold: the last step overshoots."""
-    candidates = sorted((q for q in queues if q.taken), key=lambda q: -q.scores[q.taken - 1])
+    candidates = sorted((q for q in queues if q.taken), key=lambda q: -worth(q))
     for q in candidates:
         for _ in range(min(most, q.taken)):
             size = q.chunks[q.taken - 1]
@@ -211,7 +271,7 @@ def _uniform(cost: CostModel, queues: Sequence[_Queue], limits: Mapping[Target, 
             q.taken = int(np.searchsorted(bounds, wanted + 1e-9, side="right")) - 1
             for leaf, n in q.group.leaves.items():
                 counts[leaf] -= n * q.removed
-        return cost.totals(counts)
+        return cost.totals(counts) | {"units": float(sum(q.group.units - q.removed for q in queues))}
 
     low, high = 0.0, 1.0
     for _ in range(40):

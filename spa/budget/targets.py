@@ -15,6 +15,7 @@ _METRICS: dict[str, Metric] = {
     "parameters": "parameters",
     "size": "bytes",
     "bytes": "bytes",
+    "units": "units",
 }
 _UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "b": 1.0}
 _UNITS |= {"kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 1024.0, "mib": 1024.0**2, "gib": 1024.0**3}

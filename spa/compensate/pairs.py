@@ -50,13 +50,12 @@ def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
     """The sites of the pruned model whose inputs differ from the original's, in execution order."""
     coupling = analysis.coupling
     solution = coupling.solution
-    changed = changed_leaves(solution, kept)
-    affected = _affected(analysis, changed)
+    changed = affected(analysis, kept)
     out = []
     for site in find_sites(coupling.model):
         mirror = site_of(twin.node(site.node))
         dims = coupling.dims(site.output)
-        if mirror is None or dims is None or site.data not in affected or site.fused:
+        if mirror is None or dims is None or site.data not in changed or site.fused:
             continue
         axis = dims[1 if site.layout != "tokens" else -1]
         outputs = np.flatnonzero(solution.keep(axis, kept))
@@ -65,9 +64,10 @@ def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
     return out
 
 
-def _affected(analysis: Analysis, changed: set[int]) -> set[ir.Value]:
-    """Values that depend on something that was cut."""
+def affected(analysis: Analysis, kept: Mask) -> set[ir.Value]:
+    """Values of the original model that depend on something that was cut."""
     coupling = analysis.coupling
+    changed = changed_leaves(coupling.solution, kept)
     out: set[ir.Value] = set()
     for op in coupling.ops:
         touched = any(v is not None and v in out for v in op.node.inputs)

@@ -7,7 +7,7 @@ residual connection follows, the target is what makes the *sum* right: the error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -16,10 +16,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spa.calibration import Calibration
+from spa.compensate.bias import Bias, bias_of
 from spa.compensate.pairs import Pair, pair_up, site_ancestors, steps
 from spa.executors.collect import Setup
+from spa.executors.front import Front, Values, Window
 from spa.executors.meter import Meter
-from spa.executors.segments import Segments, placed
+from spa.executors.segments import Segments
 from spa.groups import Analysis
 from spa.least_squares import Refitter
 from spa.moments import Joint
@@ -81,15 +83,14 @@ def refit_sites(
     """
     walk = _Walk(analysis, kept, twin, data, setup, damping, residual, bends)
     pairs = pair_up(analysis, kept, twin)
-    biases = {pair: _biased(twin, pair.pruned) for pair in pairs}
-    before = Segments.of(analysis.coupling.model, setup.provider, setup.threads)
+    biases = {pair: bias_of(twin, pair.pruned) for pair in pairs}
     after = Segments.of(twin.model, setup.provider, setup.threads)
+    before = Segments.of(analysis.coupling.model, setup.provider, setup.threads)
+    fronts = [Front(parts, data, setup.batch, setup.memory // 4) for parts in (before, after)]
     ancestors = site_ancestors(twin.model, {pair.pruned.name for pair in pairs})
-    anchor = [(placed(b), placed(b)) for b in data.batches(setup.batch)]
     done = 0
     for step in steps(pairs, ancestors):
-        lives = before.live(_first(before, step, 0)), after.live(_first(after, step, 1))
-        wanted = list(lives[0]), list(lives[1])
+        wanted: tuple[list[str], list[str]] = [], []
         tasks = []
         for pair in step:
             skip = pair.behind.skip if residual else None
@@ -98,41 +99,24 @@ def refit_sites(
             tasks.append(_Task(pair, skip, _meter(pair, skip is not None, data, setup, before, after)))
             wanted[0].extend((pair.original.name, *(skip or ())[:1]))
             wanted[1].extend((pair.pruned.data.name or "", *(skip or ())[1:]))
-        runs = before.runner(wanted[0], anchor[0][0]), after.runner(wanted[1], anchor[0][1])
-
-        def values() -> Iterator[_Both]:
-            for left, right in anchor:
-                yield runs[0](left), runs[1](right)
-
-        moved = _held(values(), wanted, setup.memory // 2)
+        starts = (
+            min(before.producer[pair.original.name] for pair in step),
+            min(after.producer[pair.pruned.name] for pair in step),
+        )
+        dense, small = (front.at(at, names) for front, at, names in zip(fronts, starts, wanted, strict=True))
         for task in tasks:
-            for dense, small in moved or values():
-                task.add(dense, small)
-            _solve(walk, task, moved or values, biases[task.pair], after)
-        if moved is not None:  # else the next step starts where this one did
-            anchor = [({n: d[n] for n in lives[0]}, {n: s[n] for n in lives[1]}) for d, s in moved]
+            for left, right in zip(dense, small, strict=True):
+                task.add(left, right)
+            _solve(walk, task, (dense, small), biases[task.pair], after)
         done += len(step)
         if progress is not None:
             progress(done / len(pairs))
     return walk.found
 
 
-_Both = tuple[dict[str, Value], dict[str, Value]]
-
-
-def _held(values: Iterable[_Both], wanted: tuple[list[str], list[str]], memory: int) -> list[_Both] | None:
-    """All batches, if they fit."""
-    out, taken = [], 0
-    for both in values:
-        taken += sum(v.tensor_size_in_bytes() for part in both for v in part.values())
-        if taken > memory:
-            return None
-        out.append(both)
-    return out
-
-
-def _first(parts: Segments, step: Sequence[Pair], which: int) -> int:
-    return min(parts.producer[(pair.original, pair.pruned)[which].name] for pair in step)
+def _pending(pairs: list[Pair], done: int) -> frozenset[str]:
+    """Sites that have not been refit yet."""
+    return frozenset(p.pruned.name for p in pairs[done:])
 
 
 @dataclass
@@ -143,23 +127,16 @@ class _Task:
     skip: tuple[str, str] | None
     meter: Meter
 
-    def targets(self, dense: dict[str, Value], small: dict[str, Value]) -> dict[str, Value]:
-        out = {"t": dense[self.pair.original.name]}
+    def add(self, dense: Values, small: Values, more: Mapping[str, Value] | None = None) -> None:
+        """Measure one batch: values of the original and of the pruned model."""
+        targets = {"t": dense[self.pair.original.name], **(more or {})}
         if self.skip is not None:
-            out |= {"plus": dense[self.skip[0]], "minus": small[self.skip[1]], "scale": self.scale}
-        return out
-
-    def add(self, dense: dict[str, Value], small: dict[str, Value], more: Mapping[str, Value] | None = None) -> None:
-        self.meter.add(small[self.pair.pruned.data.name or ""], {**self.targets(dense, small), **(more or {})})
+            targets |= {"plus": dense[self.skip[0]], "minus": small[self.skip[1]], "scale": self.scale}
+        self.meter.add(small[self.pair.pruned.data.name or ""], targets)
 
     @cached_property
     def scale(self) -> Value:
         return place(self.pair.behind.scale.astype(np.float32))
-
-
-def _pending(pairs: list[Pair], done: int) -> frozenset[str]:
-    """Sites that have not been refit yet."""
-    return frozenset(p.pruned.name for p in pairs[done:])
 
 
 def _meter(pair: Pair, skip: bool, data: Calibration, setup: Setup, before: Segments, after: Segments) -> Meter:
@@ -179,8 +156,7 @@ def _meter(pair: Pair, skip: bool, data: Calibration, setup: Setup, before: Segm
     )
 
 
-def _solve(walk: _Walk, task: _Task, values: Iterable[_Both] | Callable[[], Iterable[_Both]], bias: _Bias,
-           parts: Segments) -> None:  # fmt: skip
+def _solve(walk: _Walk, task: _Task, values: tuple[Window, Window], bias: Bias, parts: Segments) -> None:
     site, moments = task.pair.pruned, task.meter.total
     assert moments is not None
     tensor = constant_of(site.weight)
@@ -193,7 +169,7 @@ def _solve(walk: _Walk, task: _Task, values: Iterable[_Both] | Callable[[], Iter
     for _ in range(walk.bends if task.pair.behind.bends else 0):
         task.meter.total = None
         more = _bend(task, new, offset)
-        for dense, small in values() if callable(values) else values:
+        for dense, small in zip(*values, strict=True):
             task.add(dense, small, more)
         bent = task.meter.total
         assert bent is not None
@@ -203,7 +179,8 @@ def _solve(walk: _Walk, task: _Task, values: Iterable[_Both] | Callable[[], Iter
     array = site.stored(new)
     exchange(site.weight, array)
     parts.override(site.weight.name or "", array.reshape(tensor.shape.numpy()))
-    bias.write(offset.reshape(-1), parts)
+    numbers = offset.reshape(-1)
+    parts.override(bias.value.name or "", bias.write(numbers if bias.inside else bias.read() + numbers))
 
 
 def _bend(task: _Task, weight: NDArray[np.float64], offset: NDArray[np.float64]) -> dict[str, Value]:
@@ -227,55 +204,3 @@ def _error(moments: Joint, weight: NDArray[np.float64]) -> float:
     )
     total = float(moments.variance_t.sum())
     return float(1 - explained / total) if total > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class _Bias:
-    """Where the bias of a site goes."""
-
-    value: ir.Value
-    inside: bool
-    """Added by the node itself: the site's output contains it."""
-    scale: float
-
-    def write(self, offset: NDArray[np.float64], parts: Segments) -> None:
-        """`offset` is what the output needs beside W x."""
-        tensor = constant_of(self.value)
-        assert tensor is not None
-        new = offset / self.scale
-        if not self.inside:
-            new = new + tensor.numpy().astype(np.float64).reshape(-1)
-        array = new.reshape(tensor.shape.numpy())
-        exchange(self.value, array)
-        parts.override(self.value.name or "", array)
-
-
-def _biased(twin: Twin, site: Site) -> _Bias:
-    """The site's bias, a zero one if it had none."""
-    inside = site.bias_slot is not None
-    if site.bias is not None:
-        at = site.node.inputs[site.bias_slot] if inside and (site.bias_slot or 0) < len(site.node.inputs) else None
-        return _Bias(site.bias, site.bias is at, site.bias_scale if site.bias is at else 1.0)
-    weight = constant_of(site.weight)
-    assert weight is not None
-    count = site.groups * site.rows
-    zero = np.zeros(count, dtype=weight.dtype.numpy())
-    name = f"{site.name}_bias"
-    if inside:
-        constant = twin.constant(ir.Tensor(zero, dtype=weight.dtype), name, like=None)
-        slot = site.bias_slot or 0
-        if slot >= len(site.node.inputs):
-            site.node.resize_inputs(slot + 1)
-        site.node.replace_input_with(slot, constant)
-        return _Bias(constant, True, site.bias_scale)
-    rank = 1 if site.layout == "tokens" else 1 + len(site.kernel)
-    shape = (count,) + (1,) * (rank - 1)
-    constant = twin.constant(ir.Tensor(zero.reshape(shape), dtype=weight.dtype), name, like=None)
-    output = site.output
-    readers = list(output.uses())
-    added = twin.after(output, "Add", [output, constant])
-    added.type = output.type
-    for node, slot in readers:
-        node.replace_input_with(slot, added)
-    twin.publish(output, added)
-    return _Bias(constant, False, 1.0)

@@ -1,9 +1,20 @@
-"""Criteria: how much each unit of a group matters. Each states what evidence it needs and never sees an operator."""
+"""How important a unit is: one short file per criterion, independent of how many units leave and of what follows."""
 
 from __future__ import annotations
 
+from spa.criteria.activation import ACTIVATION
+from spa.criteria.amp import AMP
 from spa.criteria.base import AGGREGATIONS, NORMALISATIONS, Aggregation, Criterion, Normalisation, normalise
-from spa.criteria.weights import CRITERIA
+from spa.criteria.cfsp import CFSP
+from spa.criteria.feature_moment import FEATURE_MOMENT
+from spa.criteria.fluctuation import FLUCTUATION
+from spa.criteria.obspa import OBSPA
+from spa.criteria.variance import VARIANCE
+from spa.criteria.weights import WEIGHTS
+
+CRITERIA: dict[str, Criterion] = {
+    c.name: c for c in (*WEIGHTS, *OBSPA, VARIANCE, FLUCTUATION, *ACTIVATION, AMP, CFSP, FEATURE_MOMENT)
+}
 
 __all__ = [
     "AGGREGATIONS",

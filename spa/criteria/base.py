@@ -27,6 +27,8 @@ class Criterion:
     """One line: the formula and its source."""
     members: Callable[[Group, Evidence], Sequence[Vector]]
     """Per member that counts, one score per unit, [units] each."""
+    needs: Literal["weights", "data"] = "weights"
+    """What it looks at; `data` asks for calibration samples."""
 
     def score(self, group: Group, evidence: Evidence, aggregation: Aggregation = "mean") -> Vector:
         """Importance of each unit, [units]; larger is kept longer."""

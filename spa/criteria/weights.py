@@ -50,14 +50,14 @@ def _is_norm_scale(member: Member) -> bool:
     return any(node.op_type in _NORMS and slot == 1 for node, slot in uses)
 
 
-CRITERIA: dict[str, Criterion] = {
-    c.name: c
-    for c in (
-        Criterion("random", "uniform random scores: the floor every criterion must beat", _random),
-        Criterion("l1", "sum |w| of a unit's slices (Li et al., arXiv 1608.08710)", _l1),
-        Criterion("l2", "||w||_2 of a unit's slices (DepGraph's group norm, arXiv 2301.12900)", _l2),
-        Criterion(
-            "bn-scale", "|gamma| of the normalisation behind a unit (Network Slimming, arXiv 1708.06519)", _bn_scale
-        ),
-    )
-}
+WEIGHTS = (
+    Criterion("random", "uniform random scores: the floor every criterion must beat", _random),
+    Criterion("l1", "sum |w| of a unit's slices (Li et al., arXiv 1608.08710)", _l1),
+    Criterion("l2", "||w||_2 of a unit's slices (DepGraph's group norm, arXiv 2301.12900)", _l2),
+    Criterion("bn-scale", "|gamma| of the normalisation behind a unit (Network Slimming, arXiv 1708.06519)", _bn_scale),
+)
+
+
+def l2(group: Group, evidence: Evidence) -> Vector:
+    """||w||_2 of each unit, mean over its matrices, [units]."""
+    return np.asarray(np.mean(_l2(group, evidence), axis=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +37,8 @@ class Setup:
 class Profile:
     """What single channels of one tensor do, per sample."""
 
+    FIELDS: ClassVar[tuple[str, ...]] = ("mean", "variance", "absolute", "positions")
+
     mean: NDArray[np.float64]
     """[samples, channels], over positions."""
     variance: NDArray[np.float64]
@@ -63,34 +66,53 @@ class Profile:
         return np.asarray(self.variance + self.mean**2)
 
 
+class Channels(Protocol):
+    """One axis of one activation."""
+
+    @property
+    def value(self) -> ir.Value:
+        """The activation."""
+
+    @property
+    def axis(self) -> int:
+        """The axis."""
+
+    @property
+    def rank(self) -> int:
+        """Axes of the activation."""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Names both."""
+
+
 def profiles(
-    model: ir.Model, sites: Sequence[Site], data: Calibration, setup: Setup, progress: Progress | None = None
-) -> dict[str, Profile]:
-    """Profile of the input of each site, by the name of the input tensor."""
-    taps = {site.data.name or "": site for site in sites}
-    found: dict[str, list[tuple[NDArray[np.float64], int]]] = {name: [] for name in taps}
+    model: ir.Model,
+    taps: Sequence[Channels],
+    data: Calibration,
+    setup: Setup,
+    progress: Progress | None = None,
+) -> dict[tuple[str, int], Profile]:
+    """Profile of each tap, by its key, in one pass."""
     parts = Segments.of(model, setup.provider, setup.threads)
-    for names in _blocks(list(taps), [0] * len(taps), setup.memory):
-        run = parts.runner(names, ())
-        for k, batch in enumerate(data.batches(setup.batch)):
-            size = _size(batch)
-            values = run(placed(batch))
-            for name in names:
-                site = taps[name]
-                dtype = ir.DataType(parts.types.get(name, int(ir.DataType.FLOAT)))
-                tokens = site.layout == "tokens"
-                width = site.groups * site.channels
-                result = kernels.profile(
-                    tokens, width, dtype, values[name], size, provider=setup.provider, threads=setup.threads
-                )
-                found[name].append(result)
-            if progress is not None:
-                progress(min((k + 1) * setup.batch / data.samples, 1.0))
+    found: dict[tuple[str, int], list[tuple[NDArray[np.float64], int]]] = {tap.key: [] for tap in taps}
+    run = parts.runner([tap.value.name or "" for tap in taps], ())
+    for k, batch in enumerate(data.batches(setup.batch)):
+        values = run(placed(batch))
+        for tap in {t.key: t for t in taps}.values():
+            kind = ir.DataType(parts.types.get(tap.key[0], 0) or int(ir.DataType.FLOAT))
+            x = values[tap.key[0]]
+            found[tap.key].append(
+                kernels.profile(tap.rank, tap.axis, kind, x, _size(batch), provider=setup.provider,
+                                threads=setup.threads)
+            )  # fmt: skip
+        if progress is not None:
+            progress(min((k + 1) * setup.batch / data.samples, 1.0))
     out = {}
-    for name, parts_ in found.items():
-        rows = np.concatenate([r for r, _ in parts_])
-        positions = np.concatenate([np.full(len(r), n, dtype=np.int64) for r, n in parts_])
-        out[name] = Profile(rows[:, 0], rows[:, 1], rows[:, 2], positions)
+    for key, pieces in found.items():
+        rows = np.concatenate([r for r, _ in pieces])
+        positions = np.concatenate([np.full(len(r), n, dtype=np.int64) for r, n in pieces])
+        out[key] = Profile(rows[:, 0], rows[:, 1], rows[:, 2], positions)
     return out
 
 

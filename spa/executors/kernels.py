@@ -241,23 +241,26 @@ def indices(array: NDArray[np.int64]) -> Value:
     return place(np.ascontiguousarray(array.reshape(-1), dtype=np.int64))
 
 
-@lru_cache(maxsize=64)
-def _profile(layout: str, width: int, dtype: ir.DataType, provider: Provider, threads: int) -> Session:
+@lru_cache(maxsize=256)
+def _profile(
+    rank: int, axis: int, inner: bool, width: int, dtype: ir.DataType, provider: Provider, threads: int
+) -> Session:
     b = _Builder()
     x = _float(b, b.input("x", dtype), dtype)
     batch = b.input("batch", ir.DataType.INT64, 1)
-    if layout == "tokens":
-        shape = b("Concat", batch, b.ints(-1, width), axis=0)
-        x, axis = b("Reshape", x, shape), 1
+    if inner:
+        x, over = b("Reshape", x, b("Concat", batch, b.ints(width, -1), axis=0)), 2
     else:
-        x, axis = b("Reshape", x, b.ints(0, width, -1)), 2
-    mean = b("ReduceMean", x, axes=[axis], keepdims=1)
+        if axis != rank - 1:
+            x = b("Transpose", x, perm=[*(k for k in range(rank) if k != axis), axis])
+        x, over = b("Reshape", x, b("Concat", batch, b.ints(-1, width), axis=0)), 1
+    mean = b("ReduceMean", x, axes=[over], keepdims=1)
     centred = b("Sub", x, mean)
     return b.session(
         {
-            "mean": b("Squeeze", mean, b.ints(axis)),
-            "variance": b("ReduceMean", b("Mul", centred, centred), axes=[axis], keepdims=0),
-            "absolute": b("ReduceMean", b("Abs", x), axes=[axis], keepdims=0),
+            "mean": b("Squeeze", mean, b.ints(over)),
+            "variance": b("ReduceMean", b("Mul", centred, centred), axes=[over], keepdims=0),
+            "absolute": b("ReduceMean", b("Abs", x), axes=[over], keepdims=0),
         },
         provider,
         threads,
@@ -265,10 +268,17 @@ def _profile(layout: str, width: int, dtype: ir.DataType, provider: Provider, th
 
 
 def profile(
-    tokens: bool, width: int, dtype: ir.DataType, x: Value, batch: int, *, provider: Provider = "cpu", threads: int = 0
+    rank: int, axis: int, dtype: ir.DataType, x: Value, batch: int, *, provider: Provider = "cpu", threads: int = 0
 ) -> tuple[NDArray[np.float64], int]:
-    """Per sample and channel [batch, 3, width]: mean, variance and mean magnitude over positions; and positions."""
-    session = _profile("tokens" if tokens else "conv", width, dtype, provider, threads)
+    """Statistics of one axis, per sample: [batch, 3, width] (mean, variance, mean magnitude), and positions each.
+
+    An activation that does not divide into `batch` samples counts as one.
+    """
+    shape = x.shape()
+    width, total = int(shape[axis]), int(np.prod(shape))
+    batch = batch if (total // width) % batch == 0 else 1
+    inner = axis == 1 and rank > 2 and shape[0] == batch  # then nothing needs to be moved
+    session = _profile(rank, axis, inner, width, dtype, provider, threads)
     got = run_values(session, {"x": x, "batch": place(np.array([batch]))}, ["mean", "variance", "absolute"])
     rows = np.stack([fetch(got[n]).astype(np.float64) for n in ("mean", "variance", "absolute")], axis=1)
-    return rows, int(np.prod(x.shape())) // (batch * width)
+    return rows, total // (batch * width)

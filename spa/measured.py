@@ -1,0 +1,113 @@
+"""What calibration samples say about a model: each measurement is taken once, kept, and found again in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from spa.cache import Cache
+from spa.calibration import Calibration
+from spa.consumers import Tap, taps
+from spa.errors import UsageError
+from spa.executors.collect import Profile, Progress, Setup, covariances, profiles
+from spa.groups import Analysis, Group
+from spa.moments import Joint
+from spa.sites import Site, find_sites
+
+
+@dataclass
+class Measured:
+    """Statistics of one model on one set of samples."""
+
+    analysis: Analysis
+    groups: Sequence[Group]
+    data: Calibration
+    setup: Setup = field(default_factory=Setup)
+    cache: Cache = field(default_factory=Cache)
+    progress: Progress | None = None
+    _profiles: dict[tuple[str, int], Profile] = field(default_factory=dict)
+    _joints: dict[str, Joint] = field(default_factory=dict)
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        """Linear operators of the main graph."""
+        return find_sites(self.analysis.coupling.model)
+
+    @cached_property
+    def _taps(self) -> Mapping[str, list[Tap]]:
+        return taps(self.analysis, self.groups, self.sites)
+
+    def taps(self, group: Group) -> list[Tap]:
+        """Activations that carry the group into a sum."""
+        return self._taps[group.name]
+
+    def readers(self, group: Group) -> list[Tap]:
+        """Those of them that a site reads."""
+        return [tap for tap in self._taps[group.name] if tap.site is not None]
+
+    def profile(self, tap: Tap) -> Profile:
+        """Per-sample statistics of each position of the tap's axis; all taps are measured in one pass."""
+        if tap.key not in self._profiles:
+            every = {t.key: t for mine in self._taps.values() for t in mine}
+            names = [list(key) for key in every]
+            parts = self.cache.get("profiles", self.data.digest, names)
+            if parts is None:
+                got = profiles(self.analysis.coupling.model, list(every.values()), self.data, self.setup, self.progress)
+                parts = {f"{k}.{n}": getattr(p, n) for k, p in enumerate(got.values()) for n in Profile.FIELDS}
+                self.cache.put("profiles", self.data.digest, names, parts)
+            for k, key in enumerate(every):
+                self._profiles[key] = Profile(*(parts[f"{k}.{n}"] for n in Profile.FIELDS))
+                self._check(key[0], self._profiles[key])
+        return self._profiles[tap.key]
+
+    def _check(self, name: str, profile: Profile) -> None:
+        if not all(np.isfinite(getattr(profile, n)).all() for n in Profile.FIELDS):
+            raise UsageError(f"calibration: activation {name!r} becomes NaN or infinite; check the data's preprocessing")
+
+    def joint(self, site: Site) -> Joint:
+        """Moments of a site's inputs; those of all sites that read a group are measured together."""
+        if site.name not in self._joints:
+            readers = {t.site.name: t.site for mine in self._taps.values() for t in mine if t.site is not None}
+            self.measure({**readers, site.name: site}.values())
+        return self._joints[site.name]
+
+    def measure(self, sites: Iterable[Site]) -> None:
+        """Take the moments of these sites in as few passes as the memory allows."""
+        missing = [site for site in sites if site.name not in self._joints]
+        if not missing:
+            return
+        names = [site.name for site in missing]
+        parts = self.cache.get("moments", self.data.digest, names)
+        if parts is None:
+            got = covariances(self.analysis.coupling.model, missing, self.data, self.setup, self.progress)
+            for site in missing:
+                enough(site, got[site.name], self.data)
+            parts = {}
+            for k, name in enumerate(names):
+                joint = got[name]
+                parts |= {f"{k}.rows": np.array(joint.rows), f"{k}.mean": joint.mean_x, f"{k}.xx": joint.xx}
+            self.cache.put("moments", self.data.digest, names, parts)
+        for k, site in enumerate(missing):
+            g, m = site.groups, site.rows
+            mean, xx = parts[f"{k}.mean"], parts[f"{k}.xx"]
+            none = np.zeros((g, 0))
+            self._joints[site.name] = Joint(int(parts[f"{k}.rows"]), mean, none, xx, np.zeros((g, 0, xx.shape[1])), none)
+            del m
+
+
+def enough(site: Site, joint: Joint, data: Calibration) -> None:
+    """Raise UsageError unless there are as many observations as half of the columns, and all of them are finite."""
+    if not np.isfinite(joint.xx).all():
+        raise UsageError(
+            f"calibration: the inputs of {site.name!r} become NaN or infinite; check the data's preprocessing"
+        )
+    need = max(site.columns // 2, 2)
+    if joint.rows < need:
+        per = joint.rows / max(data.samples, 1)
+        raise UsageError(
+            f"calibration: {data.samples} samples give {joint.rows} observations of the {site.columns} inputs of "
+            f"{site.name!r}; give at least {int(np.ceil(need / max(per, 1e-9)))} samples"
+        )

@@ -1,0 +1,114 @@
+"""How much the model's outputs suffer when one group loses units: real evaluations, one group at a time.
+
+Losses of different layers cannot be compared as they are: the same relative error does little in one layer and much in
+another. A few trials per group (prune it alone, refit its consumers in closed form, run the model) give the factor
+between a criterion's loss and the error of the outputs, with which losses add up over the network (in the spirit of
+SPDY's layer sensitivities, arXiv 2201.13096; measured instead of searched).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spa.calibration import Calibration
+from spa.compensate.closed import refit_readers
+from spa.evidence import Vector
+from spa.executors.segments import Segments, placed
+from spa.groups import Analysis, Group
+from spa.measured import Measured
+from spa.removal import kept_without
+from spa.rewrite import rewritten
+from spa.runtime import fetch
+
+SHARES = (0.25, 0.6)
+"""Of a group's units, that leave in the trials."""
+SAMPLES = 256
+"""Used in each trial."""
+
+
+def curves(
+    analysis: Analysis,
+    groups: Sequence[Group],
+    scores: Mapping[str, Vector],
+    measured: Measured,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Vector]:
+    """Per group the estimated output error after its k least important units have left, [units + 1].
+
+    Args:
+        analysis: of the model.
+        groups: groups to try.
+        scores: losses per unit, any scale per group.
+        measured: statistics, for the refit of the consumers.
+        progress: called with the share done.
+    """
+    request = [[g.name, g.units, _digest(scores[g.name])] for g in groups]
+    known = measured.cache.get("sensitivity", measured.data.digest, [request, SHARES, SAMPLES])
+    if known is None:
+        data = few(measured.data, SAMPLES)
+        reference = outputs(Segments.of(analysis.coupling.model, measured.setup.provider), data, measured.setup.batch)
+        errors = {}
+        for k, group in enumerate(groups):
+            errors[str(k)] = np.array([_trial(analysis, g_units, measured, data, reference) for g_units in (
+                (group, lowest(scores[group.name], share)) for share in SHARES)])  # fmt: skip
+            if progress is not None:
+                progress((k + 1) / len(groups))
+        known = errors
+        measured.cache.put("sensitivity", measured.data.digest, [request, SHARES, SAMPLES], errors)
+    return {g.name: _curve(scores[g.name], known[str(k)]) for k, g in enumerate(groups)}
+
+
+def _digest(scores: Vector) -> str:
+    return str(np.argsort(scores, kind="stable").tolist())
+
+
+def lowest(scores: Vector, share: float) -> NDArray[np.int64]:
+    """The least important share of the units: at least one, and not all."""
+    count = min(max(1, round(share * len(scores))), len(scores) - 1)
+    return np.sort(np.argsort(scores, kind="stable")[:count])
+
+
+def _curve(scores: Vector, errors: NDArray[np.float64]) -> Vector:
+    """The running sum of the scores, bent so that it meets the errors of the trials (log-linear between them)."""
+    loss = np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores), 0.0))])
+    loss = loss / max(loss[-1], 1e-300)
+    tried = np.array([len(lowest(scores, share)) for share in SHARES])
+    factors = np.log(np.maximum(errors, 1e-12) / np.maximum(loss[tried], 1e-12))
+    factor = np.exp(np.interp(np.arange(len(loss)), tried, factors))
+    return np.maximum.accumulate(loss * factor)
+
+
+def _trial(
+    analysis: Analysis,
+    removed: tuple[Group, NDArray[np.int64]],
+    measured: Measured,
+    data: Calibration,
+    reference: list[NDArray[np.float64]],
+) -> float:
+    group, units = removed
+    twin = rewritten(analysis, kept_without(analysis, [(group, units.tolist())]))
+    refit_readers(twin, measured, [(group, units.tolist())])
+    pruned = outputs(Segments.of(twin.model, measured.setup.provider), data, measured.setup.batch)
+    return divergence(reference, pruned)
+
+
+def few(data: Calibration, count: int) -> Calibration:
+    """At most `count` of the samples, spread evenly."""
+    return data if data.samples <= count else data.split(count)[1]
+
+
+def outputs(parts: Segments, data: Calibration, batch: int) -> list[NDArray[np.float64]]:
+    """The floating-point outputs of a model on all samples, one array [...] per batch and output."""
+    names = [n for n in parts.outputs if parts.types.get(n) in (1, 10, 11, 16)]
+    run = parts.runner(names, ())
+    return [fetch(run_[n]).astype(np.float64) for b in data.batches(batch) for run_ in (run(placed(b)),) for n in names]
+
+
+def divergence(reference: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np.float64]]) -> float:
+    """Squared difference of all outputs relative to their variance over the batch."""
+    error = sum(float(np.square(a - b).sum()) for a, b in zip(reference, other, strict=True))
+    spread = sum(float(np.square(a - a.mean(axis=0)).sum()) for a in reference)
+    return error / max(spread, 1e-30)

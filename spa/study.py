@@ -1,0 +1,215 @@
+"""From a choice of method to scores, and from a pruned model to a compensated one: what needs calibration samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from spa.budget.select import Align, MinKeep, Selection, select
+from spa.budget.targets import Target
+from spa.cache import Cache
+from spa.calibration import Calibration
+from spa.compensate.closed import refit_readers, shift_means
+from spa.compensate.norm import recalibrate
+from spa.compensate.walk import refit_sites
+from spa.cost import Metric
+from spa.criteria import CRITERIA, normalise
+from spa.criteria.obspa import DAMPING, consumers
+from spa.evidence import Evidence, Vector
+from spa.executors.collect import Setup
+from spa.executors.segments import Segments
+from spa.groups import Analysis, Group
+from spa.least_squares import swapped
+from spa.measured import Measured
+from spa.methods import Method
+from spa.options import Scope, choose
+from spa.removal import Mask, kept_without
+from spa.rewrite import Twin, rewritten
+from spa.sensitivity import SAMPLES, curves, divergence, few, outputs
+from spa.sites import constant_of, exchange
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What selection needs."""
+
+    scores: Mapping[str, Vector]
+    """Importance of each unit, per group."""
+    curves: Mapping[str, Vector] | None
+    """Loss after the first k units of a group have left."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well the pruned model does what the original does, on calibration samples."""
+
+    calibration: str
+    """What the samples are."""
+    samples: int
+    note: str
+    error_before: float
+    """Squared error of the outputs relative to their variance, before compensation."""
+    error_after: float
+    """... and after it."""
+    recalibrated: bool
+    """Whether norms were re-estimated."""
+
+
+Removed = Sequence[tuple[Group, Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is wanted, whatever the method."""
+
+    analysis: Analysis
+    targets: Sequence[Target]
+    scope: Scope
+    kinds: Sequence[str]
+    ignore: Sequence[str]
+    align: Align
+    min_keep: MinKeep | None
+
+
+class Study:
+    """One query answered by one method.
+
+    Raises:
+        TargetError: the options leave nothing to prune.
+    """
+
+    def __init__(
+        self,
+        query: Query,
+        method: Method,
+        seed: int = 0,
+        data: Calibration | None = None,
+        setup: Setup | None = None,
+        cache: Cache | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.query, self.method, self.seed, self.data = query, method, seed, data
+        self.analysis = query.analysis
+        self.setup, self.cache, self.progress = setup or Setup(), cache or Cache(), progress
+        self.groups = choose(self.analysis, query.scope, query.kinds or method.kinds, query.ignore)
+        self.measured = (
+            None if data is None else Measured(self.analysis, self.groups, data, self.setup, self.cache, progress)
+        )
+        self.evidence = Evidence(self.analysis, seed, self.measured)
+
+    def score(self) -> Scored:
+        """Importance of every unit of every group."""
+        method = self.method
+        criterion = CRITERIA[method.criterion]
+        raw = {g.name: criterion.score(g, self.evidence, method.aggregation) for g in self.groups}
+        scores = normalise(raw, self.groups, method.normalisation)
+        if not method.sensitivity or method.allocation != "efficient" or self.measured is None:
+            return Scored(scores, None)
+        return Scored(scores, curves(self.analysis, self.groups, raw, self.measured, self.progress))
+
+    def select(self, scored: Scored, spare: Mapping[Metric, float] | None = None) -> Selection:
+        """Which units leave.
+
+        Raises:
+            TargetError: a target cannot be reached.
+        """
+        query = self.query
+        chosen = select(
+            self.analysis,
+            self.groups,
+            scored.scores,
+            query.targets,
+            allocation=self.method.allocation,
+            align=query.align,
+            min_keep=query.min_keep,
+            spare=spare,
+            curves=scored.curves,
+        )
+        return self.refine(chosen)
+
+    def refine(self, chosen: Selection) -> Selection:
+        """Exchange units of equal number where that lowers the exact loss (obspa only)."""
+        if self.method.criterion != "obspa" or self.measured is None:
+            return chosen
+        better = []
+        for group, units in chosen.removed:
+            problems = consumers(group, self.measured)
+            if problems:
+                units = tuple(swapped(problems, np.array(units, dtype=np.int64), damping=DAMPING).tolist())
+            better.append((group, units))
+        return replace(chosen, removed=tuple(better))
+
+    def compensate(self, kept: Mask, twin: Twin, removed: Removed) -> Fit | None:
+        """Change the weights of the pruned model `twin` so that it does what the original does."""
+        method = self.method
+        if self.data is None or self.measured is None:
+            return None
+        probe = few(self.data, SAMPLES)
+        reference = outputs(self._parts(self.analysis.coupling.model), probe, self.setup.batch)
+        before = self._error(reference, twin, probe)
+        if method.compensate == "bias":
+            shift_means(twin, self.measured, removed)
+        elif method.compensate == "obs-dense":
+            refit_readers(twin, self.measured, removed)
+        elif method.compensate == "obs":
+            refit_sites(self.analysis, kept, twin, self.data, self.setup, progress=self.progress)
+        after = self._error(reference, twin, probe)
+        again = False
+        if method.recalibrate != "none":
+            undo = snapshot(twin.model)
+            recalibrate(self.analysis, kept, twin, self.data, self.setup, self.progress)
+            new = self._error(reference, twin, probe)
+            again = method.recalibrate == "norm" or new < after
+            if again:
+                after = new
+            else:
+                undo()
+        return Fit(self.data.name, self.data.samples, self.data.note, before, after, again)
+
+    def _parts(self, model: ir.Model) -> Segments:
+        return Segments.of(model, self.setup.provider, self.setup.threads)
+
+    def _error(self, reference: list[Vector], twin: Twin, data: Calibration) -> float:
+        return divergence(reference, outputs(self._parts(twin.model), data, self.setup.batch))
+
+
+def best_of(studies: Sequence[Study]) -> Study:
+    """The study whose method does best on samples that it was not fit on; it goes on with all samples."""
+    losses = []
+    for study in studies:
+        assert study.data is not None
+        held = min(SAMPLES, max(1, study.data.samples // 5))
+        fit, test = study.data.split(held)
+        trial = Study(study.query, study.method, study.seed, fit, study.setup, study.cache, study.progress)
+        selection = trial.select(trial.score())
+        kept = kept_without(trial.analysis, selection.removed)
+        twin = rewritten(trial.analysis, kept)
+        trial.compensate(kept, twin, selection.removed)
+        reference = outputs(trial._parts(trial.analysis.coupling.model), test, trial.setup.batch)
+        losses.append(trial._error(reference, twin, test))
+    return studies[int(np.argmin(losses))]
+
+
+def snapshot(model: ir.Model) -> Callable[[], None]:
+    """Remember all weights; the call that is returned brings them back."""
+    kept = [(v, v.const_value.numpy().copy()) for v in model.graph.initializers.values() if _float(v)]
+    kept += [
+        (n.outputs[0], t.numpy().copy())
+        for n in model.graph
+        if n.op_type == "Constant" and (t := constant_of(n.outputs[0])) is not None and t.dtype.is_floating_point()
+    ]
+
+    def restore() -> None:
+        for value, array in kept:
+            exchange(value, array)
+
+    return restore
+
+
+def _float(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.dtype.is_floating_point()
