@@ -29,25 +29,33 @@ from spa.version import __version__
 
 if TYPE_CHECKING:
     from spa.bench import BenchReport, bench
+    from spa.calibration import Calibration, Preprocessing, load_calibration
     from spa.criteria import CRITERIA
     from spa.explain import Explanation, explain
     from spa.graph import load
     from spa.groups import Analysis, Group
+    from spa.methods import METHODS, Method
     from spa.pipeline import Report, Result, analyze, apply, prune, verify
     from spa.plan import Plan
+    from spa.study import Fit
     from spa.verify import Verification
 
 __all__ = [
     "CRITERIA",
+    "METHODS",
     "Analysis",
     "BenchReport",
+    "Calibration",
     "Explanation",
     "ExternalDataError",
+    "Fit",
     "Group",
+    "Method",
     "ModelError",
     "OutputError",
     "Plan",
     "PlanError",
+    "Preprocessing",
     "Report",
     "Result",
     "RuntimeFailure",
@@ -63,17 +71,23 @@ __all__ = [
     "bench",
     "explain",
     "load",
+    "load_calibration",
     "prune",
     "verify",
 ]
 
 _HOME = {
     "CRITERIA": "spa.criteria",
+    "METHODS": "spa.methods",
     "Analysis": "spa.groups",
     "BenchReport": "spa.bench",
+    "Calibration": "spa.calibration",
     "Explanation": "spa.explain",
+    "Fit": "spa.study",
     "Group": "spa.groups",
+    "Method": "spa.methods",
     "Plan": "spa.plan",
+    "Preprocessing": "spa.calibration",
     "Report": "spa.pipeline",
     "Result": "spa.pipeline",
     "Verification": "spa.verify",
@@ -82,6 +96,7 @@ _HOME = {
     "bench": "spa.bench",
     "explain": "spa.explain",
     "load": "spa.graph",
+    "load_calibration": "spa.calibration",
     "prune": "spa.pipeline",
     "verify": "spa.pipeline",
 }

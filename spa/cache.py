@@ -50,7 +50,7 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "xb") as file:
-                    np.savez(file, **arrays)
+                    np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types its own option
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)

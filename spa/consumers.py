@@ -36,7 +36,7 @@ class Tap:
     def per_unit(self, values: NDArray[np.float64], count: int) -> NDArray[np.float64]:
         """Sum per-position values into units, [count]."""
         inside = self.units >= 0
-        return np.bincount(self.units[inside], weights=values[inside], minlength=count)
+        return np.bincount(self.units[inside], weights=values[inside], minlength=count).astype(np.float64)
 
     def columns(self, count: int) -> Index:
         """Columns of the site's matrix per group of the operator and unit, [g, count, b]; -1 pads."""

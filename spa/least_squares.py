@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,7 @@ Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Consumer:
     """A linear layer (or one group of a grouped one) that reads the units."""
 
@@ -33,6 +34,19 @@ class Consumer:
     """[units, b]: the columns that each unit feeds; -1 where it feeds fewer than others."""
     importance: float = 1.0
     """What its squared error counts."""
+    damping: float = 0.01
+    """Ridge, relative to the mean variance."""
+
+    @cached_property
+    def inverse(self) -> Array:
+        """(C + ridge)^-1, [d, d]."""
+        return np.asarray(np.linalg.inv(damped(self.covariance, self.damping)))
+
+    @cached_property
+    def rows(self) -> Array:
+        """The weight up to a rotation of its rows, which no loss sees: at most d of them."""
+        tall = len(self.weight) > 2 * self.weight.shape[1]
+        return np.asarray(np.linalg.qr(self.weight, mode="r")) if tall else self.weight
 
 
 @dataclass(frozen=True)
@@ -72,21 +86,14 @@ def refit(covariance: Array, cross: Array, prior: Array, damping: float) -> Arra
     return Refitter(covariance, prior, damping)(cross)
 
 
-def loss_of(consumers: Sequence[Consumer], removed: Index, damping: float = 0.0) -> float:
-    """Loss when exactly the units `removed` leave, from scratch."""
+def loss_of(consumers: Sequence[Consumer], removed: Index) -> float:
+    """Loss when exactly the units `removed` leave."""
     total = 0.0
     for c in consumers:
         gone = _flat(c.columns[removed])
-        if not len(gone):
-            continue
-        covariance = damped(c.covariance, damping)
-        stay = np.setdiff1d(np.arange(len(covariance)), gone)
-        left = covariance[np.ix_(gone, gone)]
-        if len(stay):
-            mixed = covariance[np.ix_(stay, gone)]
-            left = left - mixed.T @ np.linalg.solve(covariance[np.ix_(stay, stay)], mixed)
-        w = c.weight[:, gone]
-        total += c.importance * float(np.einsum("ij,jk,ik->", w, left, w, optimize=True))
+        if len(gone):
+            w = c.rows[:, gone]
+            total += c.importance * float(np.sum(w.T * np.linalg.solve(c.inverse[np.ix_(gone, gone)], w.T)))
     return total
 
 
@@ -98,13 +105,11 @@ def _flat(columns: Index) -> Index:
 class _State:
     """One consumer during elimination: inverse covariance and weights of what has not left."""
 
-    def __init__(self, consumer: Consumer, damping: float) -> None:
+    def __init__(self, consumer: Consumer) -> None:
         self.columns = consumer.columns
         self.importance = consumer.importance
-        self.inverse = np.linalg.inv(damped(consumer.covariance, damping))
-        # the loss needs W only up to rotations of its rows
-        weight = consumer.weight
-        self.weight = np.linalg.qr(weight, mode="r") if len(weight) > 2 * weight.shape[1] else weight.copy()
+        self.inverse = consumer.inverse.copy()
+        self.weight = consumer.rows.copy()
 
     def scores(self, units: Index) -> Array:
         """tr(w_u (Cinv_uu)^-1 w_u^T) of each unit, [units]."""
@@ -139,13 +144,13 @@ class _State:
         return loss
 
 
-def greedy(consumers: Sequence[Consumer], *, damping: float = 0.01, steps: int = 256) -> Elimination:
+def greedy(consumers: Sequence[Consumer], *, steps: int = 256) -> Elimination:
     """Let units leave one by one, the cheapest first, re-scoring all others each time.
 
     At most `steps` rounds: with more units, several of the cheapest leave together (their joint loss is exact).
     """
     units = len(consumers[0].columns)
-    states = [_State(c, damping) for c in consumers]
+    states = [_State(c) for c in consumers]
     alive = np.arange(units)
     order: list[int] = []
     loss = [0.0]
@@ -163,28 +168,28 @@ def greedy(consumers: Sequence[Consumer], *, damping: float = 0.01, steps: int =
     return Elimination(np.array(order), np.maximum.accumulate(np.array(loss)))
 
 
-def one_shot(consumers: Sequence[Consumer], damping: float = 0.01) -> Array:
+def one_shot(consumers: Sequence[Consumer]) -> Array:
     """The loss of each unit if it alone left, [units]."""
     units = np.arange(len(consumers[0].columns))
-    return np.asarray(np.sum([_State(c, damping).scores(units) for c in consumers], axis=0))
+    return np.asarray(np.sum([_State(c).scores(units) for c in consumers], axis=0))
 
 
-def swapped(consumers: Sequence[Consumer], removed: Index, *, damping: float = 0.01, rounds: int = 20) -> Index:
+def swapped(consumers: Sequence[Consumer], removed: Index, *, rounds: int = 12) -> Index:
     """Exchange units between `removed` and the rest while that lowers the exact loss; never worse than given.
 
     Source: the local search of OSSCAR (arXiv 2403.12983), with exact acceptance.
     """
     units = len(consumers[0].columns)
-    best, current = loss_of(consumers, removed, damping), np.sort(removed)
+    best, current = loss_of(consumers, removed), np.sort(removed)
     if not len(current) or len(current) == units:
         return current
     for _ in range(rounds):
-        gains, costs = _gains(consumers, current, damping)
+        gains, costs = _gains(consumers, current)
         kept = np.setdiff1d(np.arange(units), current)
         back = current[np.argsort(-gains, kind="stable")[:2]]
-        out = kept[np.argsort(costs[kept], kind="stable")[:3]]
+        out = kept[np.argsort(costs[kept], kind="stable")[:2]]
         trials = [np.append(np.setdiff1d(current, b), o) for b in back.tolist() for o in out.tolist()]
-        losses = [loss_of(consumers, t, damping) for t in trials]
+        losses = [loss_of(consumers, t) for t in trials]
         k = int(np.argmin(losses))
         if losses[k] >= best * (1 - 1e-9):
             break
@@ -192,13 +197,13 @@ def swapped(consumers: Sequence[Consumer], removed: Index, *, damping: float = 0
     return current
 
 
-def _gains(consumers: Sequence[Consumer], removed: Index, damping: float) -> tuple[Array, Array]:
+def _gains(consumers: Sequence[Consumer], removed: Index) -> tuple[Array, Array]:
     """What bringing each removed unit back alone would save [removed], and what each other's leaving costs [units]."""
     gains = np.zeros(len(removed))
     units = len(consumers[0].columns)
     costs = np.zeros(units)
     for c in consumers:
-        state = _State(c, damping)
+        state = _State(c)
         gone = _flat(c.columns[removed])
         if not len(gone):
             continue

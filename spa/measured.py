@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spa.cache import Cache
 from spa.calibration import Calibration
@@ -14,6 +15,7 @@ from spa.consumers import Tap, taps
 from spa.errors import UsageError
 from spa.executors.collect import Profile, Progress, Setup, covariances, profiles
 from spa.groups import Analysis, Group
+from spa.least_squares import Consumer, damped
 from spa.moments import Joint
 from spa.sites import Site, find_sites
 
@@ -28,7 +30,10 @@ class Measured:
     setup: Setup = field(default_factory=Setup)
     cache: Cache = field(default_factory=Cache)
     progress: Progress | None = None
+    problems: dict[str, list[Consumer]] = field(default_factory=dict)
+    """What a criterion made of the moments, by group."""
     _profiles: dict[tuple[str, int], Profile] = field(default_factory=dict)
+    _inverses: dict[tuple[str, int, float], NDArray[np.float64]] = field(default_factory=dict)
     _joints: dict[str, Joint] = field(default_factory=dict)
 
     @cached_property
@@ -65,7 +70,9 @@ class Measured:
 
     def _check(self, name: str, profile: Profile) -> None:
         if not all(np.isfinite(getattr(profile, n)).all() for n in Profile.FIELDS):
-            raise UsageError(f"calibration: activation {name!r} becomes NaN or infinite; check the data's preprocessing")
+            raise UsageError(
+                f"calibration: activation {name!r} becomes NaN or infinite; check the data's preprocessing"
+            )
 
     def joint(self, site: Site) -> Joint:
         """Moments of a site's inputs; those of all sites that read a group are measured together."""
@@ -73,6 +80,13 @@ class Measured:
             readers = {t.site.name: t.site for mine in self._taps.values() for t in mine if t.site is not None}
             self.measure({**readers, site.name: site}.values())
         return self._joints[site.name]
+
+    def inverse(self, site: Site, group: int, damping: float) -> NDArray[np.float64]:
+        """(Cov(x) + ridge)^-1 of one group of a site, [k c, k c]; kept for the next time."""
+        key = (site.name, group, damping)
+        if key not in self._inverses:
+            self._inverses[key] = np.asarray(np.linalg.inv(damped(self.joint(site).covariance[group], damping)))
+        return self._inverses[key]
 
     def measure(self, sites: Iterable[Site]) -> None:
         """Take the moments of these sites in as few passes as the memory allows."""
@@ -91,11 +105,10 @@ class Measured:
                 parts |= {f"{k}.rows": np.array(joint.rows), f"{k}.mean": joint.mean_x, f"{k}.xx": joint.xx}
             self.cache.put("moments", self.data.digest, names, parts)
         for k, site in enumerate(missing):
-            g, m = site.groups, site.rows
             mean, xx = parts[f"{k}.mean"], parts[f"{k}.xx"]
-            none = np.zeros((g, 0))
-            self._joints[site.name] = Joint(int(parts[f"{k}.rows"]), mean, none, xx, np.zeros((g, 0, xx.shape[1])), none)
-            del m
+            none = np.zeros((site.groups, 0))
+            cross = np.zeros((site.groups, 0, xx.shape[1]))
+            self._joints[site.name] = Joint(int(parts[f"{k}.rows"]), mean, none, xx, cross, none)
 
 
 def enough(site: Site, joint: Joint, data: Calibration) -> None:

@@ -54,7 +54,7 @@ class Method:
         return {k: body[k] for k in body if k not in ("text", "kinds")} | {"method": body.pop("name")}
 
 
-METHODS: dict[str, Method] = {
+_TABLE: dict[str, Method] = {
     "spa-l1": Method(
         "SPA with group L1 (arXiv 2403.18955), norms re-estimated",
         "l1",
@@ -110,6 +110,7 @@ METHODS: dict[str, Method] = {
     "amp": Method("AMP (arXiv 2504.21174): contributions, same share of each group", "amp", allocation="uniform"),
     "cfsp": Method("CFSP's fine stage (COLING 2025), same share of each group", "cfsp", allocation="uniform"),
 }
+METHODS = {name: replace(method, name=name) for name, method in _TABLE.items()}
 """`auto` is no entry: it tries several of these and keeps the one with the least loss on held-out samples."""
 
 AUTO = ("obspa", "ob2c", "flap")

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from spa.calibration import Calibration
 from spa.compensate.closed import refit_readers
+from spa.compensate.pairs import affected
 from spa.evidence import Vector
+from spa.executors.front import Front
 from spa.executors.segments import Segments, placed
 from spa.groups import Analysis, Group
 from spa.measured import Measured
@@ -23,9 +25,10 @@ from spa.removal import kept_without
 from spa.rewrite import rewritten
 from spa.runtime import fetch
 
+_FLOATS = {1, 10, 11, 16}
 SHARES = (0.25, 0.6)
 """Of a group's units, that leave in the trials."""
-SAMPLES = 256
+SAMPLES = 128
 """Used in each trial."""
 
 
@@ -48,14 +51,14 @@ def curves(
     request = [[g.name, g.units, _digest(scores[g.name])] for g in groups]
     known = measured.cache.get("sensitivity", measured.data.digest, [request, SHARES, SAMPLES])
     if known is None:
-        data = few(measured.data, SAMPLES)
-        reference = outputs(Segments.of(analysis.coupling.model, measured.setup.provider), data, measured.setup.batch)
-        errors = {}
-        for k, group in enumerate(groups):
-            errors[str(k)] = np.array([_trial(analysis, g_units, measured, data, reference) for g_units in (
-                (group, lowest(scores[group.name], share)) for share in SHARES)])  # fmt: skip
+        errors = {str(k): np.zeros(len(SHARES)) for k in range(len(groups))}
+        trials = Trials(analysis, few(measured.data, SAMPLES), measured)
+        order = sorted(range(len(groups)), key=lambda k: trials.start(groups[k]))
+        for done, k in enumerate(order):
+            group = groups[k]
+            errors[str(k)] = np.array([trials.error(group, lowest(scores[group.name], share)) for share in SHARES])
             if progress is not None:
-                progress((k + 1) / len(groups))
+                progress((done + 1) / len(groups))
         known = errors
         measured.cache.put("sensitivity", measured.data.digest, [request, SHARES, SAMPLES], errors)
     return {g.name: _curve(scores[g.name], known[str(k)]) for k, g in enumerate(groups)}
@@ -81,18 +84,37 @@ def _curve(scores: Vector, errors: NDArray[np.float64]) -> Vector:
     return np.maximum.accumulate(loss * factor)
 
 
-def _trial(
-    analysis: Analysis,
-    removed: tuple[Group, NDArray[np.int64]],
-    measured: Measured,
-    data: Calibration,
-    reference: list[NDArray[np.float64]],
-) -> float:
-    group, units = removed
-    twin = rewritten(analysis, kept_without(analysis, [(group, units.tolist())]))
-    refit_readers(twin, measured, [(group, units.tolist())])
-    pruned = outputs(Segments.of(twin.model, measured.setup.provider), data, measured.setup.batch)
-    return divergence(reference, pruned)
+class Trials:
+    """Runs the model with one group pruned, from where that group begins: what comes before is computed once."""
+
+    def __init__(self, analysis: Analysis, data: Calibration, measured: Measured) -> None:
+        self.analysis, self.data, self.measured = analysis, data, measured
+        self.parts = Segments.of(analysis.coupling.model, measured.setup.provider, measured.setup.threads)
+        self.reference = outputs(self.parts, data, measured.setup.batch)
+        self.front = Front(self.parts, data, measured.setup.batch, measured.setup.memory // 4)
+        self.position = 0
+
+    def start(self, group: Group) -> int:
+        """Position of the first node that changes with the group."""
+        kept = kept_without(self.analysis, [(group, [0])])
+        changed = affected(self.analysis, kept)
+        found = [self.parts.producer[v.name] for v in changed if v.name in self.parts.producer]
+        return min(found, default=0)
+
+    def error(self, group: Group, units: NDArray[np.int64]) -> float:
+        """Of the outputs, when these units leave and their consumers are refit; groups must come in order."""
+        measured = self.measured
+        removed = [(group, units.tolist())]
+        twin = rewritten(self.analysis, kept_without(self.analysis, removed))
+        refit_readers(twin, measured, removed)
+        at = max(self.start(group), self.position)
+        window = self.front.at(at, self.parts.inputs)
+        parts = Segments.of(twin.model, measured.setup.provider, measured.setup.threads)
+        names = floats(parts)
+        run = parts.runner(names, [*self.parts.live(at), *self.parts.inputs], optimize=True)
+        return divergence(
+            self.reference, [fetch(out[n]).astype(np.float64) for v in window for out in (run(v),) for n in names]
+        )
 
 
 def few(data: Calibration, count: int) -> Calibration:
@@ -102,9 +124,14 @@ def few(data: Calibration, count: int) -> Calibration:
 
 def outputs(parts: Segments, data: Calibration, batch: int) -> list[NDArray[np.float64]]:
     """The floating-point outputs of a model on all samples, one array [...] per batch and output."""
-    names = [n for n in parts.outputs if parts.types.get(n) in (1, 10, 11, 16)]
-    run = parts.runner(names, ())
+    names = floats(parts)
+    run = parts.runner(names, (), optimize=True)
     return [fetch(run_[n]).astype(np.float64) for b in data.batches(batch) for run_ in (run(placed(b)),) for n in names]
+
+
+def floats(parts: Segments) -> list[str]:
+    """The outputs of a model that are floating-point numbers."""
+    return [n for n in parts.outputs if parts.types.get(n) in _FLOATS]
 
 
 def divergence(reference: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np.float64]]) -> float:

@@ -46,7 +46,7 @@ class Site:
     fused: bool = False
     """The node also applies an activation: its output is not y."""
     bias_slot: int | None = None
-    """Input slot for a bias, if the operator has one."""
+    """Input slot for a bias, if the operator has one; without `bias` it is empty, or holds what others read, too."""
 
     @property
     def name(self) -> str:
@@ -97,11 +97,11 @@ class Site:
         g, m, c, k = self.groups, self.rows, self.channels, self.taps
         w = matrix / self.scale
         if self.layout == "tokens":
-            return w[0].T if self.transposed else w[0]
+            return np.asarray(w[0].T if self.transposed else w[0])
         w = w.reshape(g, m, k, c)
         if self.layout == "conv":
-            return w.transpose(0, 1, 3, 2).reshape(g * m, c, *self.kernel)
-        return w.transpose(0, 3, 1, 2).reshape(g * c, m, *self.kernel)
+            return np.asarray(w.transpose(0, 1, 3, 2).reshape(g * m, c, *self.kernel))
+        return np.asarray(w.transpose(0, 3, 1, 2).reshape(g * c, m, *self.kernel))
 
 
 _Read = Callable[[ir.Node, tuple[int, ...]], dict[str, Any] | None]
@@ -177,7 +177,7 @@ def site_of(node: ir.Node) -> Site | None:
     tensor = constant_of(weight)
     if tensor is None or tensor.dtype not in _FLOATS or constant_of(data) is not None or len(weight.uses()) != 1:
         return None
-    found = read(node, tensor.shape.numpy())
+    found = read(node, tuple(tensor.shape.numpy()))
     if found is None or not all(found[key] for key in ("groups", "rows", "channels")):
         return None
     outputs = found["groups"] * found["rows"]
@@ -185,15 +185,26 @@ def site_of(node: ir.Node) -> Site | None:
     if bias is None and not fused and layout == "tokens":
         bias = _next_bias(node, outputs)
     if bias is not None and not _own(bias, outputs):
-        if not fused and slot is not None and slot < len(node.inputs) and bias is node.inputs[slot]:
-            slot = None  # taken by something that is no vector of this layer's own
+        if slot is not None and slot < len(node.inputs) and bias is node.inputs[slot] and not _copied(bias, outputs):
+            if fused:
+                return None
+            slot = None  # taken by something that is no constant vector
         bias = None
     return Site(node, layout, data, weight, bias, fused=fused, bias_slot=slot, **found)
 
 
 def _own(bias: ir.Value, outputs: int) -> bool:
+    return _copied(bias, outputs) and len(bias.uses()) == 1
+
+
+def _copied(bias: ir.Value, outputs: int) -> bool:
+    """Whether a constant is one number per output, so that a layer can have its own copy of it."""
     tensor = constant_of(bias)
-    return tensor is not None and tensor.size == outputs and tensor.dtype in _FLOATS and len(bias.uses()) == 1
+    return (
+        tensor is not None
+        and tuple(tensor.shape.numpy())[-1:] == (outputs,) == (tensor.size,)
+        and tensor.dtype in _FLOATS
+    )
 
 
 def _next_bias(node: ir.Node, outputs: int) -> ir.Value | None:

@@ -17,7 +17,7 @@ from spa.compensate.norm import recalibrate
 from spa.compensate.walk import refit_sites
 from spa.cost import Metric
 from spa.criteria import CRITERIA, normalise
-from spa.criteria.obspa import DAMPING, consumers
+from spa.criteria.obspa import consumers
 from spa.evidence import Evidence, Vector
 from spa.executors.collect import Setup
 from spa.executors.segments import Segments
@@ -28,10 +28,12 @@ from spa.methods import Method
 from spa.options import Scope, choose
 from spa.removal import Mask, kept_without
 from spa.rewrite import Twin, rewritten
-from spa.sensitivity import SAMPLES, curves, divergence, few, outputs
+from spa.sensitivity import curves, divergence, few, outputs
 from spa.sites import constant_of, exchange
 
 Progress = Callable[[float], None]
+SAMPLES = 256
+"""On which the outputs of the pruned model are compared with the original's."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class Study:
         for group, units in chosen.removed:
             problems = consumers(group, self.measured)
             if problems:
-                units = tuple(swapped(problems, np.array(units, dtype=np.int64), damping=DAMPING).tolist())
+                units = tuple(swapped(problems, np.array(units, dtype=np.int64)).tolist())
             better.append((group, units))
         return replace(chosen, removed=tuple(better))
 
@@ -197,19 +199,12 @@ def best_of(studies: Sequence[Study]) -> Study:
 
 def snapshot(model: ir.Model) -> Callable[[], None]:
     """Remember all weights; the call that is returned brings them back."""
-    kept = [(v, v.const_value.numpy().copy()) for v in model.graph.initializers.values() if _float(v)]
-    kept += [
-        (n.outputs[0], t.numpy().copy())
-        for n in model.graph
-        if n.op_type == "Constant" and (t := constant_of(n.outputs[0])) is not None and t.dtype.is_floating_point()
-    ]
+    values = [*model.graph.initializers.values(), *(n.outputs[0] for n in model.graph if n.op_type == "Constant")]
+    tensors = [(v, constant_of(v)) for v in values]
+    kept = [(v, t.numpy().copy()) for v, t in tensors if t is not None and t.dtype.is_floating_point()]
 
     def restore() -> None:
         for value, array in kept:
             exchange(value, array)
 
     return restore
-
-
-def _float(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.dtype.is_floating_point()

@@ -9,6 +9,7 @@ import typer
 from spa.cli.bench import bench
 from spa.cli.explain import explain
 from spa.cli.inspect import inspect
+from spa.cli.methods import methods
 from spa.cli.prune import apply, prune, verify
 from spa.cli.rules import rules
 from spa.version import __version__
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Exact structured pruning of any neural network at the ONNX level.",
     epilog=_STATUSES,
 )
-for command in (inspect, explain, prune, apply, verify, bench, rules):
+for command in (inspect, explain, prune, apply, verify, bench, rules, methods):
     app.command(epilog=_STATUSES)(command)
 
 

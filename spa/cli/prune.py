@@ -27,6 +27,7 @@ from spa.errors import UsageError, VerifyError
 
 if TYPE_CHECKING:
     from spa.pipeline import Result
+    from spa.study import Fit
     from spa.verify import Verification
 
 _SHOWN = 30
@@ -47,18 +48,69 @@ def prune(
             show_default=False,
         ),
     ],
-    criterion: Annotated[str, typer.Option(help="How units are scored: random, l1, l2 or bn-scale.")] = "l2",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Published method: obspa, vbp, flap, ob2c, spa-l1 ... (`spa methods` lists all), or auto.",
+            show_default=False,
+        ),
+    ] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="How units are scored: l2, l1, bn-scale, obspa, variance ...", show_default="the method's"),
+    ] = None,
     aggregation: Annotated[
-        Literal["sum", "mean", "max"], typer.Option(help="How the scores of a unit's members are joined.")
-    ] = "mean",
+        Literal["sum", "mean", "max"] | None,
+        typer.Option(help="How the scores of a unit's members are joined.", show_default="the method's"),
+    ] = None,
     normalisation: Annotated[
-        Literal["none", "sum", "mean", "max", "gaussian", "isomorphic"],
-        typer.Option(help="How scores of different groups are made comparable."),
-    ] = "mean",
+        Literal["none", "sum", "mean", "max", "gaussian", "isomorphic"] | None,
+        typer.Option(help="How scores of different groups are made comparable.", show_default="the method's"),
+    ] = None,
     allocation: Annotated[
-        Literal["global", "uniform"],
-        typer.Option(help="Rank all units together, or take the same share of each group."),
-    ] = "global",
+        Literal["global", "uniform", "efficient"] | None,
+        typer.Option(
+            help="Rank all units together, take the same share of each group, or the least loss per cost.",
+            show_default="the method's",
+        ),
+    ] = None,
+    compensate: Annotated[
+        Literal["none", "bias", "obs", "obs-dense"] | None,
+        typer.Option(help="What is done to the weights that stay.", show_default="the method's"),
+    ] = None,
+    recalibrate: Annotated[
+        Literal["none", "norm", "auto"] | None,
+        typer.Option(help="Re-estimate norm statistics; auto keeps that if it helps.", show_default="the method's"),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH|none|noise|bn",
+            help="Samples: .npz, folder of images, .jsonl or .txt; none makes inputs up.",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(metavar="N", help="Use only so many samples.", min=1, show_default="all")
+    ] = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Samples per run.", min=1)] = 32,
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            help="How images become inputs: imagenet, cifar10, tf, caffe, unit, a JSON file, or size=...,mean=..."
+        ),
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="tokenizer.json", help="Tokenizer for texts.")] = None,
+    max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens per text.", min=1)] = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="What measurements may take.")] = "4GB",
+    provider: Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where samples are run.")] = "cpu",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep measurements for further queries.", show_default="the user's cache folder"
+        ),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no measurements.")] = False,
     scope: Annotated[
         Literal["exact", "all"],
         typer.Option(help="Only units that leave exactly, or also those that meet a statistic."),
@@ -87,7 +139,8 @@ def prune(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Prune a model until it meets its targets, prove that the surgery is exact, and write it."""
+    """Prune a model until it meets its targets, prove that the surgery is exact, compensate, and write it."""
+    from spa.cache import default_folder
     from spa.pipeline import prune as run
     from spa.runtime import check_installation
 
@@ -99,10 +152,22 @@ def prune(
             model,
             target=target,
             output=out,
+            method=method,
             criterion=criterion,
             aggregation=aggregation,
             normalisation=normalisation,
             allocation=allocation,
+            compensate=compensate,
+            recalibrate=recalibrate,
+            calibration=calibration,
+            samples=samples,
+            batch=batch,
+            preprocess=preprocess,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            memory=memory,
+            provider=provider,
+            cache=None if no_cache else cache or default_folder(),
             scope=scope,
             kinds=read_list(kinds),
             ignore=ignore or (),
@@ -236,10 +301,21 @@ def _show(result: Result, model: Path, verbose: bool) -> None:
     screen.print()
     proof = "not verified" if report.verify is None else _proof(report.verify)
     screen.print(proof, soft_wrap=True)
-    screen.print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in report.seconds.items()))
+    if report.fit is not None:
+        screen.print(_fit(report.method, report.fit), soft_wrap=True)
+    screen.print("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report.seconds.items() if v >= 0.005))
     screen.print(f"wrote {result.output}", soft_wrap=True)
     command = f"spa bench {quote(str(model))} {quote(str(result.output))}"
     screen.print(f"Fewer MACs are not automatically faster: measure with `{command}`.", soft_wrap=True)
+
+
+def _fit(method: str, fit: Fit) -> str:
+    note = f" ({fit.note})" if fit.note else ""
+    norms = ", norms re-estimated" if fit.recalibrated else ""
+    return (
+        f"{method} on {fit.samples} samples of {fit.calibration}{note}: error of the outputs "
+        f"{fit.error_before:.3f} of their variance before compensation, {fit.error_after:.3f} after it{norms}"
+    )
 
 
 def _proof(found: Verification) -> str:

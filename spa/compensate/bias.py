@@ -38,20 +38,25 @@ class Bias:
 
 
 def bias_of(twin: Twin, site: Site) -> Bias:
-    """The site's bias; a zero one is inserted if it has none."""
+    """The site's bias; a zero one is inserted if it has none, and a copy of its own if others read it, too."""
     inside = site.bias_slot is not None
-    if site.bias is not None:
-        slot = site.bias_slot or 0
-        at = site.node.inputs[slot] if inside and slot < len(site.node.inputs) else None
-        return Bias(site.bias, site.bias is at, site.bias_scale if site.bias is at else 1.0)
+    slot = site.bias_slot or 0
+    at = site.node.inputs[slot] if inside and slot < len(site.node.inputs) else None
+    if site.bias is not None and site.bias is not at:
+        return Bias(site.bias, False, 1.0)
+    if site.bias is not None and site.bias_scale:
+        return Bias(site.bias, True, site.bias_scale)
     weight = constant_of(site.weight)
     assert weight is not None
     count = site.groups * site.rows
     rank = 1 if inside or site.layout == "tokens" else 1 + len(site.kernel)
-    zero = np.zeros((count, *(1,) * (rank - 1)), dtype=weight.dtype.numpy())
-    constant = twin.constant(ir.Tensor(zero, dtype=weight.dtype), f"{site.name}_bias", like=None)
+    start = np.zeros((count, *(1,) * (rank - 1)))
+    present = constant_of(at) if at is not None and site.bias_scale else None
+    if present is not None:
+        start = present.numpy().reshape(count)
+    first = ir.Tensor(start.astype(weight.dtype.numpy()), dtype=weight.dtype)
+    constant = twin.constant(first, f"{site.name}_bias", like=None)
     if inside:
-        slot = site.bias_slot or 0
         if slot >= len(site.node.inputs):
             site.node.resize_inputs(slot + 1)
         site.node.replace_input_with(slot, constant)

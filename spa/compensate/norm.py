@@ -57,9 +57,7 @@ def recalibrate(
         for k, node in enumerate(n for n in twin.model.graph)
         if node.op_type == "BatchNormalization" and node.inputs[0] is not None and node.inputs[0].name in mine
     ]
-    points += [
-        _Point(after.producer[p.pruned.name] + 1, p.pruned.name, pair=p, bias=biases[p]) for p in pairs
-    ]
+    points += [_Point(after.producer[p.pruned.name] + 1, p.pruned.name, pair=p, bias=biases[p]) for p in pairs]
     front = Front(after, data, setup.batch, setup.memory // 4)
     other = Front(before, data, setup.batch, setup.memory // 4) if before is not None else None
     ordered = sorted(points, key=lambda p: p.position)

@@ -67,14 +67,18 @@ def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
 def affected(analysis: Analysis, kept: Mask) -> set[ir.Value]:
     """Values of the original model that depend on something that was cut."""
     coupling = analysis.coupling
-    changed = changed_leaves(coupling.solution, kept)
+    solution, said = coupling.solution, coupling.relations
+    changed = changed_leaves(solution, kept)
+    edited = {e.node for e in said.edits if any(solution.touched(a, changed) for a in (*e.axes, *e.watch))}
+    edited |= {r.node for r in said.remaps if any(solution.touched(a, changed) for a in (r.source, r.target))}
+    edited |= {p.node for p in said.pins if solution.touched(p.axis, changed)}
     out: set[ir.Value] = set()
     for op in coupling.ops:
-        touched = any(v is not None and v in out for v in op.node.inputs)
+        touched = op.node in edited or any(v is not None and v in out for v in op.node.inputs)
         for slot, value in enumerate(op.node.inputs):
             if not touched and value is not None and value in coupling.weights:
                 dims = coupling.dims(value, (op.node, slot)) or ()
-                touched = any(coupling.solution.touched(d, changed) for d in dims)
+                touched = any(solution.touched(d, changed) for d in dims)
         if touched:
             out.update(op.node.outputs)
     return out
@@ -108,7 +112,7 @@ def _behind(analysis: Analysis, kept: Mask, twin: Twin, site: Site, outputs: NDA
             other = node.inputs[1 - slot]
             tensor = constant_of(other) if other is not None else None
             if tensor is not None:
-                if tensor.size not in (1, len(shift)):
+                if tensor.size != 1 and not _per_output(tensor, site):
                     return plain
                 shift = shift + tensor.numpy().astype(np.float64).reshape(-1)
             elif other is None or skip is not None or not _aligned(analysis, kept, site, other):
@@ -118,6 +122,14 @@ def _behind(analysis: Analysis, kept: Mask, twin: Twin, site: Site, outputs: NDA
         elif node.op_type != "Identity":
             return plain
         value = node.outputs[0]
+
+
+def _per_output(tensor: ir.TensorProtocol, site: Site) -> bool:
+    """Whether a constant that is added to a site's output is one number per output."""
+    from_end = 1 if site.layout == "tokens" else 1 + len(site.kernel)
+    outputs = site.groups * site.rows
+    shape = tuple(tensor.shape.numpy())
+    return tensor.size == outputs and len(shape) >= from_end and shape[-from_end] == outputs
 
 
 def _clip(node: ir.Node) -> _Range | None:

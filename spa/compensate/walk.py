@@ -28,7 +28,7 @@ from spa.moments import Joint
 from spa.removal import Mask
 from spa.rewrite import Twin
 from spa.runtime import Value, place
-from spa.sites import Site, constant_of, exchange
+from spa.sites import constant_of, exchange
 
 Progress = Callable[[float], None]
 
@@ -66,7 +66,7 @@ def refit_sites(
     *,
     damping: float = 1e-2,
     residual: bool = True,
-    bends: int = 4,
+    bends: int = 2,
     progress: Progress | None = None,
 ) -> list[Refit]:
     """Refit every site of the pruned model (`twin`, which is changed) whose inputs differ from the original's.
@@ -157,8 +157,7 @@ def _meter(pair: Pair, skip: bool, data: Calibration, setup: Setup, before: Segm
 
 
 def _solve(walk: _Walk, task: _Task, values: tuple[Window, Window], bias: Bias, parts: Segments) -> None:
-    site, moments = task.pair.pruned, task.meter.total
-    assert moments is not None
+    site, moments = task.pair.pruned, task.meter.moments
     tensor = constant_of(site.weight)
     assert tensor is not None
     prior = site.matrix(tensor.numpy())
@@ -167,12 +166,11 @@ def _solve(walk: _Walk, task: _Task, values: tuple[Window, Window], bias: Bias, 
     offset = moments.mean_t - np.einsum("gmd,gd->gm", new, moments.mean_x)
     before, after = _error(moments, prior), _error(moments, new)
     for _ in range(walk.bends if task.pair.behind.bends else 0):
-        task.meter.total = None
         more = _bend(task, new, offset)
+        task.meter.clear()
         for dense, small in zip(*values, strict=True):
             task.add(dense, small, more)
-        bent = task.meter.total
-        assert bent is not None
+        bent = task.meter.moments
         new = np.stack([s(bent.cross[k]) for k, s in enumerate(solved)])
         offset = bent.mean_t - np.einsum("gmd,gd->gm", new, bent.mean_x)
     walk.found.append(Refit(site.name, before, after))

@@ -22,7 +22,7 @@ def _amp(group: Group, evidence: Evidence) -> Sequence[Vector]:
     for tap in measured.readers(group):
         site = tap.site
         assert site is not None
-        joint, weight, columns = measured.joint(site), tap.site.weights, tap.columns(group.units)
+        joint, weight, columns = measured.joint(site), site.weights, tap.columns(group.units)
         if columns.shape[2] == 1 and site.groups == 1:
             continue
         total = np.zeros(group.units)

@@ -34,8 +34,11 @@ def _cfsp(group: Group, evidence: Evidence) -> Sequence[Vector]:
         read = np.abs(tap.site.weights).sum(axis=1).reshape(site.groups, site.taps, site.channels)
         return np.asarray(norm * read.sum(axis=1).reshape(-1))
 
-    norms = activations(group, evidence, lambda tap, profile: np.sqrt(profile.power().mean(axis=0)))
-    shares = [row / (row.sum() + 1e-30) for row in activations(group, evidence, weighted)]
+    def plain(tap: Tap, profile: Profile) -> Vector:
+        return np.asarray(np.sqrt(profile.power().mean(axis=0)))
+
+    norms = activations(group, evidence, plain, every_reader=True)
+    shares = [row / (row.sum() + 1e-30) for row in activations(group, evidence, weighted, every_reader=True)]
     rows = [(share + produced) * norm for share, norm in zip(shares, norms, strict=True)]
     return rows or nothing(group)
 

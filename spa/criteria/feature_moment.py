@@ -21,6 +21,7 @@ def denoised_diagonal(covariance: NDArray[np.float64], rows: int) -> Vector:
     The edge of pure noise is s^2 (1 + sqrt(d / rows))^2 with s^2 the mean eigenvalue below it, found by iteration.
     """
     values, vectors = np.linalg.eigh(covariance)
+    values = np.maximum(values, 0.0)
     ratio = (1 + np.sqrt(len(values) / max(rows, 1))) ** 2
     noise = float(np.median(values))
     for _ in range(_ROUNDS):

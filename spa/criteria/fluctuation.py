@@ -11,8 +11,10 @@ from spa.groups import Group
 
 
 def _fluctuation(group: Group, evidence: Evidence) -> Sequence[Vector]:
-    """Var(h_j) ||w_j||^2: what replacing h_j by its mean costs its consumer."""
-    rows = activations(group, evidence, lambda tap, profile: profile.pooled()[1] * squared_columns(tap))
+    """Var(h_j) ||w_j||^2: what replacing h_j by its mean costs each consumer."""
+    rows = activations(
+        group, evidence, lambda tap, profile: profile.pooled()[1] * squared_columns(tap), every_reader=True
+    )
     return rows or nothing(group)
 
 

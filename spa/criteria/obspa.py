@@ -20,15 +20,21 @@ DAMPING = 1e-2
 
 
 def consumers(group: Group, measured: Measured) -> list[Consumer]:
-    """The group's readers as least-squares problems; each counts relative to the variance of its own output."""
-    out = []
+    """The group's readers as least-squares problems; each counts relative to the variance of its own output.
+
+    They are kept with the measurements: their inverses are wanted more than once.
+    """
+    known = measured.problems.get(group.name)
+    if known is not None:
+        return known
+    out = measured.problems[group.name] = []
     for tap in measured.readers(group):
         assert tap.site is not None
         joint, weight, columns = measured.joint(tap.site), tap.site.weights, tap.columns(group.units)
         covariance = joint.covariance
         total = float(np.einsum("gmd,gde,gme->", weight, covariance, weight, optimize=True))
         importance = 1.0 / max(total, 1e-30)
-        out += [Consumer(weight[g], covariance[g], columns[g], importance) for g in range(len(weight))]
+        out += [Consumer(weight[g], covariance[g], columns[g], importance, DAMPING) for g in range(len(weight))]
     return out
 
 
@@ -37,7 +43,7 @@ def _obspa(group: Group, evidence: Evidence) -> Sequence[Vector]:
     problems = consumers(group, evidence.measured)
     if not problems:
         return [_energy(group, evidence)]
-    found = greedy(problems, damping=DAMPING)
+    found = greedy(problems)
     steps = np.maximum.accumulate(np.diff(found.loss))
     scores = np.empty(group.units)
     scores[found.order] = steps * (1 + 1e-9 * np.arange(group.units)) + 1e-300 * np.arange(group.units)
@@ -47,10 +53,9 @@ def _obspa(group: Group, evidence: Evidence) -> Sequence[Vector]:
 def _energy(group: Group, evidence: Evidence) -> Vector:
     """Where no weight reads the units (both sides of q k^T are activations): share of the power of the product."""
     rows = activations(group, evidence, lambda tap, profile: profile.power().mean(axis=0))
+    product = np.square(l2(group, evidence))
     if rows:
         product = np.prod([row / (row.max() + 1e-30) for row in rows], axis=0)
-    else:
-        product = np.square(l2(group, evidence))
     return np.asarray(product / (product.sum() + 1e-30))
 
 

@@ -16,13 +16,17 @@ Statistic = Callable[[Tap, Profile], Vector]
 """(tap, its profile) -> one number per position of the tap's axis."""
 
 
-def activations(group: Group, evidence: Evidence, statistic: Statistic) -> list[Vector]:
-    """Per activation that carries the group: the statistic, summed over the positions of each unit, [units] each."""
+def activations(group: Group, evidence: Evidence, statistic: Statistic, *, every_reader: bool = False) -> list[Vector]:
+    """Per activation that carries the group: the statistic, summed over the positions of each unit, [units] each.
+
+    `every_reader`: per operator that reads it, for statistics that depend on the reader's weights.
+    """
     measured = evidence.measured
-    rows, seen = [], set[ir.Value]()
+    rows, seen = [], set[tuple[tuple[str, int], ir.Node | None]]()
     for tap in measured.taps(group):
-        if tap.value not in seen:
-            seen.add(tap.value)
+        key = tap.key, tap.site.node if tap.site is not None and every_reader else None
+        if key not in seen:
+            seen.add(key)
             rows.append(tap.per_unit(statistic(tap, measured.profile(tap)), group.units))
     return rows
 

@@ -28,7 +28,7 @@ class Front:
 
     def at(self, position: int, wanted: Sequence[str]) -> Window:
         """Move the cut before the node at `position`; the values of `wanted` for all batches."""
-        live = self.parts.live(position)
+        live = list(dict.fromkeys([*self.parts.inputs, *self.parts.live(position)]))
         run = self.parts.runner([*live, *wanted], self.anchor[0])
         held: list[Values] | None = []
         taken = 0
@@ -39,6 +39,7 @@ class Front:
             if taken > self.memory:
                 held = None
                 break
+            assert held is not None
             held.append(out)
         if held is not None:
             self.anchor = [{name: values[name] for name in live} for values in held]

@@ -46,9 +46,7 @@ class _Builder:
         return self.constant(np.array(numbers, dtype=np.int64))
 
     def __call__(self, op: str, *inputs: ir.Value, **attributes: int | Sequence[int]) -> ir.Value:
-        attrs = [
-            ir.AttrInt64(k, v) if isinstance(v, int) else ir.AttrInt64s(k, list(v)) for k, v in attributes.items()
-        ]
+        attrs = [ir.AttrInt64(k, v) if isinstance(v, int) else ir.AttrInt64s(k, list(v)) for k, v in attributes.items()]
         node = ir.Node("", op, inputs, attrs, num_outputs=1, name=f"n{len(self.nodes)}")
         node.outputs[0].name = f"v{len(self.nodes)}"
         self.nodes.append(node)
@@ -62,7 +60,12 @@ class _Builder:
             final.type = ir.TensorType(ir.DataType.FLOAT)
             finals.append(final)
         graph = ir.Graph(
-            self.inputs, finals, nodes=self.nodes, initializers=self.constants, opset_imports={"": _OPSET}, name="kernel"
+            self.inputs,
+            finals,
+            nodes=self.nodes,
+            initializers=self.constants,
+            opset_imports={"": _OPSET},
+            name="kernel",
         )
         data = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION)).SerializeToString()
         return open_session(data, provider=provider, threads=threads, optimize=True)
@@ -126,8 +129,9 @@ def _bent(b: _Builder, form: Form, t: ir.Value, other: ir.Value | None, rows: ir
     """Targets that only ask for what survives an activation f = clip(scale y + shift + other, low, high).
 
     Where the original is below `low`, any value below is as good: the target is then what the current weights give,
-    or `low` if they give more; likewise above `high`. Least squares towards these targets never increases the error
-    behind the activation (a majorising step; Zhang et al., "Accelerating very deep convolutional networks", 2016).
+    or `low` if they give more; likewise above `high`. Least squares towards these targets never increases the sum of
+    (f(y) - y')^2 where the original passes and of what is passed where it does not: a bound of the error behind the
+    activation (alternating minimisation as in Zhang et al., "Accelerating very deep convolutional networks", 2016).
     """
     scale = b.inputs[[v.name for v in b.inputs].index("scale")] if other is not None else None
     scale = scale if scale is not None else b.input("scale", ir.DataType.FLOAT, 1)
@@ -208,8 +212,9 @@ def joint(
 ) -> Joint:
     """Joint moments of one batch: of x alone, or with a target.
 
-    `target` holds `t`, and as `form` asks for them: `select` (channels of t); `plus`, `minus`, `scale` (residual branch);
-    `scale`, `shift`, `low`, `high`, `weight` [g, m, d], `offset` [g, 1, m] (activation). xx is zero with `form.bend`.
+    `target` holds `t`, and as `form` asks for them: `select` (channels of t); `plus`, `minus`, `scale` (residual
+    branch); `scale`, `shift`, `low`, `high`, `weight` [g, m, d], `offset` [g, 1, m] (activation). With `form.bend`
+    xx is zero.
     """
     session = _joint(form, provider, threads)
     feeds = {"x": x}

@@ -72,6 +72,16 @@ class Meter:
         else:
             self.total.merge(part)
 
+    @property
+    def moments(self) -> Joint:
+        """Of all batches since the start, or since `clear`."""
+        assert self.total is not None
+        return self.total
+
+    def clear(self) -> None:
+        """Forget all batches."""
+        self.total = None
+
     def _pick(self, shape: tuple[int, ...]) -> kernels.Picks:
         key = shape[1:]
         if key not in self._picks:

@@ -76,7 +76,7 @@ def _transposed_pads(site: Site, space: Sequence[int], out_space: Sequence[int])
     for a in range(rank):
         span = (site.kernel[a] - 1) * dilations[a] + 1
         total = max(strides[a] * (space[a] - 1) + extra[a] + span - out_space[a], 0)
-        out.append(total // 2 if kind != "SAME_LOWER" else total - total // 2)
+        out.append(total // 2 if kind == "SAME_UPPER" else total - total // 2)
     return out
 
 
@@ -99,9 +99,7 @@ def output_space(site: Site, space: Sequence[int]) -> tuple[int, ...]:
     if same:
         return tuple(n * s for n, s in zip(space, strides, strict=True))
     extra = _list(site, "output_padding", 0, rank)
-    return tuple(
-        strides[a] * (space[a] - 1) + extra[a] + spans[a] - pads[a] - pads[a + rank] for a in range(rank)
-    )
+    return tuple(strides[a] * (space[a] - 1) + extra[a] + spans[a] - pads[a] - pads[a + rank] for a in range(rank))
 
 
 def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDArray[np.int64]:

@@ -21,6 +21,12 @@ from spa.runtime import Provider, Session, Value, open_session, place, run_value
 from spa.store import to_proto
 
 Feeds = Mapping[str, NDArray[Any]]
+_ELEMENTS = {
+    "tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(uint16)": 4, "tensor(int16)": 5,
+    "tensor(int32)": 6, "tensor(int64)": 7, "tensor(string)": 8, "tensor(bool)": 9, "tensor(float16)": 10,
+    "tensor(double)": 11, "tensor(uint32)": 12, "tensor(uint64)": 13, "tensor(bfloat16)": 16,
+}  # fmt: skip
+"""ONNX Runtime's names of element types -> `onnx.TensorProto.DataType`."""
 
 
 @dataclass
@@ -31,7 +37,7 @@ class Segments:
     provider: Provider = "cpu"
     threads: int = 0
     overrides: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    """Initializers that replace those of `proto`."""
+    """Tensors that replace initializers of `proto`, or its `Constant` nodes."""
 
     def __post_init__(self) -> None:
         graph = self.proto.graph
@@ -42,6 +48,7 @@ class Segments:
         self.reads = [tuple(dict.fromkeys(reads(node))) for node in graph.node]
         infos = (*graph.input, *graph.value_info, *graph.output)
         self.types = {i.name: i.type.tensor_type.elem_type for i in infos if i.type.HasField("tensor_type")}
+        self._asked = False
         self.constant = set(self.initializers)
         for k, node in enumerate(graph.node):
             if all(name in self.constant for name in self.reads[k]) and not node.op_type.startswith("Random"):
@@ -57,9 +64,15 @@ class Segments:
         return Segments(to_proto(model), provider, threads)
 
     def override(self, name: str, array: NDArray[Any]) -> None:
-        """Exchange an initializer; its type stays."""
-        old = self.overrides.get(name) or self.initializers[name]
-        self.overrides[name] = ir.to_proto(ir.tensor(array.astype(ir.DataType(old.data_type).numpy()), name=name))
+        """Exchange an initializer or what a `Constant` node holds; its type stays."""
+        dtype = ir.DataType(self._constant_type(name)).numpy()
+        self.overrides[name] = ir.to_proto(ir.tensor(array.astype(dtype), name=name))
+
+    def _constant_type(self, name: str) -> int:
+        if name in self.initializers:
+            return int(self.initializers[name].data_type)
+        attributes = self.proto.graph.node[self.producer[name]].attribute
+        return next((a.t.data_type for a in attributes if a.HasField("t")), onnx.TensorProto.FLOAT)
 
     def live(self, position: int) -> list[str]:
         """Values that nodes before `position` (or the graph's inputs) give to nodes from there on."""
@@ -82,7 +95,7 @@ class Segments:
             seen.add(name)
             if name in at_hand or name in self.inputs:
                 needed[name] = None
-            elif name in self.initializers:
+            elif name in self.initializers or name in self.overrides:
                 constants.add(name)
             elif name in self.producer:
                 k = self.producer[name]
@@ -97,6 +110,9 @@ class Segments:
             out.graph.initializer.add().CopyFrom(self.overrides.get(name) or self.initializers[name])
         if self.proto.ir_version < 4:  # then initializers had to be inputs
             out.ir_version = 4
+        if not self._asked and not all(self.types.get(name) for name in needed):
+            self._asked = True
+            self._learn_types()
         for name in needed:
             if not self.types.get(name):
                 raise UnsupportedModelError(f"the type of {name!r} is not known, so that no statistics can be taken")
@@ -106,8 +122,17 @@ class Segments:
             out.graph.output.add(name=name)
         return out, list(needed)
 
-    def runner(self, wanted: Iterable[str], at_hand: Collection[str]) -> Runner:
-        """Ready to compute `wanted` from `at_hand`, batch after batch."""
+    def _learn_types(self) -> None:
+        """Ask ONNX Runtime for the types of values behind operators that shape inference does not know."""
+        names = [name for name in self.producer if not self.types.get(name)]
+        at_hand = [name for name in self.inputs if self.types.get(name)]
+        proto, _ = self.extract(names, at_hand)
+        session = open_session(proto.SerializeToString(), provider="cpu", threads=self.threads, optimize=False)
+        for arg in session.get_outputs():
+            self.types[arg.name] = _ELEMENTS.get(arg.type, 0)
+
+    def runner(self, wanted: Iterable[str], at_hand: Collection[str], *, optimize: bool = False) -> Runner:
+        """Ready to compute `wanted` from `at_hand`, batch after batch; optimising pays where few values are wanted."""
         names = list(dict.fromkeys(wanted))
         passing = [n for n in names if n in at_hand or n in self.inputs or n in self.initializers]
         computed = [n for n in names if n not in set(passing)]
@@ -115,7 +140,7 @@ class Segments:
         if computed:
             proto, reads_ = self.extract(computed, at_hand)
             session = open_session(
-                proto.SerializeToString(), provider=self.provider, threads=self.threads, optimize=False, arena=True
+                proto.SerializeToString(), provider=self.provider, threads=self.threads, optimize=optimize
             )
         return Runner(session, reads_, computed, [n for n in passing if n not in self.initializers])
 
