@@ -81,6 +81,33 @@ class Refitter:
         return np.asarray(self.prior + (cross - self.prior @ self.covariance) @ self.inverse)
 
 
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1000.0)
+"""Ridges to choose from, weakest first; the last one all but keeps the prior."""
+
+
+def transfer(fit_xx: Array, fit_tx: Array, test_xx: Array, test_tx: Array, prior: Array) -> Array:
+    """Squared error on test moments, up to a constant, of `Refitter` on fit moments, per damping of `DAMPINGS`.
+
+    Args:
+        fit_xx: Cov(x) to fit on, [d, d]; `fit_tx` is Cov(t, x), [m, d].
+        fit_tx: see above.
+        test_xx: Cov(x) to test on; `test_tx` likewise.
+        test_tx: see above.
+        prior: weights the ridge pulls to, [m, d].
+    """
+    values, vectors = np.linalg.eigh(fit_xx)
+    scale = max(float(values.mean()), 0.0)
+    step = (fit_tx - prior @ fit_xx) @ vectors
+    # with W = prior + step / (values + ridge): tr(W T W^T) - 2 tr(W t^T), in the basis of the eigenvectors
+    turned = vectors.T @ test_xx @ vectors
+    slope = (prior @ test_xx - test_tx) @ vectors
+    out = []
+    for damping in DAMPINGS:
+        change = step / (np.maximum(values, 0) + damping * scale + 1e-30)
+        out.append(float(np.sum((change @ turned) * change) + 2 * np.sum(slope * change)))
+    return np.array(out)
+
+
 def refit(covariance: Array, cross: Array, prior: Array, damping: float) -> Array:
     """`Refitter` for one target."""
     return Refitter(covariance, prior, damping)(cross)

@@ -23,7 +23,7 @@ from spa.executors.front import Front, Values, Window
 from spa.executors.meter import Meter
 from spa.executors.segments import Segments
 from spa.groups import Analysis
-from spa.least_squares import Refitter
+from spa.least_squares import DAMPINGS, Refitter, transfer
 from spa.moments import Joint
 from spa.removal import Mask
 from spa.rewrite import Twin
@@ -31,6 +31,8 @@ from spa.runtime import Value, place
 from spa.sites import constant_of, exchange
 
 Progress = Callable[[float], None]
+LARGEST = 1024
+"""Columns above which one half is used for fitting only, to save time."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class _Walk:
     twin: Twin
     data: Calibration
     setup: Setup
-    damping: float
+    damping: float | None
     residual: bool
     bends: int
     found: list[Refit] = field(default_factory=list)
@@ -64,7 +66,7 @@ def refit_sites(
     data: Calibration,
     setup: Setup,
     *,
-    damping: float = 1e-2,
+    damping: float | None = None,
     residual: bool = True,
     bends: int = 2,
     progress: Progress | None = None,
@@ -77,7 +79,8 @@ def refit_sites(
         twin: the pruned model.
         data: calibration samples.
         setup: how the models are run.
-        damping: ridge towards the weights there are, relative to the mean variance of the inputs.
+        damping: ridge towards the weights there are, relative to the mean variance of the inputs; None chooses it
+            for each site by cross-validation over two halves of the samples.
         residual: also correct the error of the branch that is added to a site's output.
         bends: rounds that adapt the targets to a clipping activation behind a site.
     """
@@ -106,7 +109,7 @@ def refit_sites(
         dense, small = (front.at(at, names) for front, at, names in zip(fronts, starts, wanted, strict=True))
         for task in tasks:
             for left, right in zip(dense, small, strict=True):
-                task.add(left, right)
+                task.split(left, right)
             _solve(walk, task, (dense, small), biases[task.pair], after)
         done += len(step)
         if progress is not None:
@@ -127,12 +130,20 @@ class _Task:
     skip: tuple[str, str] | None
     meter: Meter
 
-    def add(self, dense: Values, small: Values, more: Mapping[str, Value] | None = None) -> None:
-        """Measure one batch: values of the original and of the pruned model."""
-        targets = {"t": dense[self.pair.original.name], **(more or {})}
+    def split(self, dense: Values, small: Values) -> None:
+        """Measure one batch, in halves: values of the original and of the pruned model."""
+        self.meter.split(small[self.pair.pruned.data.name or ""], self.targets(dense, small))
+
+    def add(self, dense: Values, small: Values, more: Mapping[str, Value]) -> None:
+        """Measure one batch."""
+        self.meter.add(small[self.pair.pruned.data.name or ""], {**self.targets(dense, small), **more})
+
+    def targets(self, dense: Values, small: Values) -> dict[str, Value]:
+        """What the site's outputs should be."""
+        targets = {"t": dense[self.pair.original.name]}
         if self.skip is not None:
             targets |= {"plus": dense[self.skip[0]], "minus": small[self.skip[1]], "scale": self.scale}
-        self.meter.add(small[self.pair.pruned.data.name or ""], targets)
+        return targets
 
     @cached_property
     def scale(self) -> Value:
@@ -157,11 +168,14 @@ def _meter(pair: Pair, skip: bool, data: Calibration, setup: Setup, before: Segm
 
 
 def _solve(walk: _Walk, task: _Task, values: tuple[Window, Window], bias: Bias, parts: Segments) -> None:
-    site, moments = task.pair.pruned, task.meter.moments
+    site = task.pair.pruned
+    halves = task.meter.join()
+    moments = task.meter.moments
     tensor = constant_of(site.weight)
     assert tensor is not None
     prior = site.matrix(tensor.numpy())
-    solved = [Refitter(moments.covariance[k], prior[k], walk.damping) for k in range(site.groups)]
+    damping = walk.damping if walk.damping is not None else cross_validated(halves, prior)
+    solved = [Refitter(moments.covariance[k], prior[k], damping) for k in range(site.groups)]
     new = np.stack([s(moments.cross[k]) for k, s in enumerate(solved)])
     offset = moments.mean_t - np.einsum("gmd,gd->gm", new, moments.mean_x)
     before, after = _error(moments, prior), _error(moments, new)
@@ -179,6 +193,19 @@ def _solve(walk: _Walk, task: _Task, values: tuple[Window, Window], bias: Bias, 
     parts.override(site.weight.name or "", array.reshape(tensor.shape.numpy()))
     numbers = offset.reshape(-1)
     parts.override(bias.value.name or "", bias.write(numbers if bias.inside else bias.read() + numbers))
+
+
+def cross_validated(halves: tuple[Joint, Joint | None], prior: NDArray[np.float64]) -> float:
+    """The ridge that does best on the half of the samples it was not fit on."""
+    first, second = halves
+    if second is None:
+        return DAMPINGS[-1]
+    total = np.zeros(len(DAMPINGS))
+    for fit, test in ((first, second), (second, first)):
+        if prior.shape[2] <= LARGEST or fit is first:
+            for k, weight in enumerate(prior):
+                total += transfer(fit.covariance[k], fit.cross[k], test.covariance[k], test.cross[k], weight)
+    return DAMPINGS[int(np.argmin(total))]
 
 
 def _bend(task: _Task, weight: NDArray[np.float64], offset: NDArray[np.float64]) -> dict[str, Value]:

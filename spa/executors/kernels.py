@@ -90,6 +90,8 @@ class Form:
     """The target gets (plus - minus) / scale on top."""
     bend: bool = False
     """Targets follow a clipping activation, see `_bent`."""
+    half: bool = False
+    """Only some of the leading axis, given as an index `who`."""
     pick: bool = True
     """Rows are picked by an index; else all are taken as they lie (tokens only)."""
 
@@ -151,7 +153,13 @@ def _bent(b: _Builder, form: Form, t: ir.Value, other: ir.Value | None, rows: ir
 @lru_cache(maxsize=256)
 def _joint(form: Form, provider: Provider, threads: int) -> Session:
     b = _Builder()
-    x = _float(b, b.input("x", form.x_type), form.x_type)
+    who = b.input("who", ir.DataType.INT64, 1) if form.half else None
+
+    def given(name: str, dtype: ir.DataType) -> ir.Value:
+        value = b.input(name, dtype)
+        return _float(b, value if who is None else b("Gather", value, who, axis=0), dtype)
+
+    x = given("x", form.x_type)
     patches = b.input("patches", ir.DataType.INT64, 1) if form.pick else None
     d = form.taps * form.channels
     width = form.groups * form.channels
@@ -163,7 +171,7 @@ def _joint(form: Form, provider: Provider, threads: int) -> Session:
     if not form.bend:
         outputs["xx"] = _product(b, centred, centred, form, d, d)
     if form.rows:
-        t = _float(b, b.input("t", form.t_type), form.t_type)
+        t = given("t", form.t_type)
         picks = b.input("picks", ir.DataType.INT64, 1) if form.pick else None
         width = form.groups * form.rows
         select = b.input("select", ir.DataType.INT64, 1) if form.width > width else None
@@ -174,8 +182,8 @@ def _joint(form: Form, provider: Provider, threads: int) -> Session:
 
         t, minus = looked_at(t), None
         if form.skip:
-            plus = looked_at(_float(b, b.input("plus", form.t_type), form.t_type))
-            minus = _float(b, b.input("minus", form.t_type), form.t_type)
+            plus = looked_at(given("plus", form.t_type))
+            minus = given("minus", form.t_type)
             minus = _rows(b, minus, form.tokens, width, picks, False)
             t = b("Add", t, b("Div", b("Sub", plus, minus), b.input("scale", ir.DataType.FLOAT, 1)))
         if form.bend:
@@ -206,6 +214,7 @@ def joint(
     x: Value,
     picks: Picks,
     target: Mapping[str, Value] | None = None,
+    who: NDArray[np.int64] | None = None,
     *,
     provider: Provider = "cpu",
     threads: int = 0,
@@ -218,6 +227,8 @@ def joint(
     """
     session = _joint(form, provider, threads)
     feeds = {"x": x}
+    if who is not None:
+        feeds["who"] = indices(who)
     if picks.patches is not None:
         feeds["patches"] = picks.patches
     names = ["mean_x"] if form.bend else ["mean_x", "xx"]
@@ -228,7 +239,7 @@ def joint(
         names += ["mean_t", "tx", "tt"]
     got = {n: fetch(v).astype(np.float64) for n, v in run_values(session, feeds, names).items()}
     d, g = form.taps * form.channels, form.groups
-    shape = x.shape()
+    shape = [len(who) if who is not None else x.shape()[0], *x.shape()[1:]]
     total = int(np.prod(shape[:-1])) if picks.patches is None else int(shape[0]) * picks.rows
     none = np.zeros((g, 0))
     return Joint(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -59,18 +60,34 @@ class Meter:
             assert select is not None
             self.constants["select"] = kernels.indices(select)
         self.total: Joint | None = None
+        self.halves: list[Joint | None] = [None, None]
+        """Of every second entry of the leading axis (samples), where they were asked for."""
+        self.seen = 0
         self._picks: dict[tuple[int, ...], kernels.Picks] = {}
+
+    def split(self, x: Value, targets: Mapping[str, Value]) -> None:
+        """As `add`, but every second sample goes to the other half."""
+        count = int(x.shape()[0])
+        for k in range(2):
+            who = np.arange((k - self.seen) % 2, count, 2)
+            if len(who):
+                self.halves[k] = _merged(self.halves[k], self._part(x, targets, who))
+        self.seen += count
 
     def add(self, x: Value, targets: Mapping[str, Value] | None = None) -> None:
         """Take one batch in; `targets` as in `kernels.joint`, without `select`."""
+        self.total = _merged(self.total, self._part(x, targets, None))
+
+    def _part(self, x: Value, targets: Mapping[str, Value] | None, who: NDArray[np.int64] | None) -> Joint:
         picks = self._pick(tuple(int(n) for n in x.shape()))
-        form = replace(self.form, pick=picks.patches is not None, bend=targets is not None and "weight" in targets)
+        form = replace(
+            self.form,
+            pick=picks.patches is not None,
+            bend=targets is not None and "weight" in targets,
+            half=who is not None,
+        )
         given = None if targets is None else {**targets, **self.constants}
-        part = kernels.joint(form, x, picks, given, provider=self.provider, threads=self.threads)
-        if self.total is None:
-            self.total = part
-        else:
-            self.total.merge(part)
+        return kernels.joint(form, x, picks, given, who, provider=self.provider, threads=self.threads)
 
     @property
     def moments(self) -> Joint:
@@ -81,6 +98,15 @@ class Meter:
     def clear(self) -> None:
         """Forget all batches."""
         self.total = None
+
+    def join(self) -> tuple[Joint, Joint | None]:
+        """Both halves, which are one if there is one sample only; their sum becomes the total."""
+        first, second = self.halves
+        assert first is not None
+        self.total = copy.deepcopy(first)
+        if second is not None:
+            self.total.merge(second)
+        return first, second
 
     def _pick(self, shape: tuple[int, ...]) -> kernels.Picks:
         key = shape[1:]
@@ -104,3 +130,10 @@ class Meter:
         chosen = sample(self.site, math.prod(out), self.samples)
         flat = window(self.site, space, out, chosen)
         return kernels.Picks(kernels.indices(flat), kernels.indices(chosen), len(chosen))
+
+
+def _merged(total: Joint | None, part: Joint) -> Joint:
+    if total is None:
+        return part
+    total.merge(part)
+    return total
