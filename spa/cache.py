@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from spa.version import __version__
 
 Arrays = Mapping[str, NDArray[Any]]
+_COUNT = "_count"
+"""How many arrays there are besides: a file that lost some is damaged."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,12 @@ class Cache:
         if path is None or not path.is_file():
             return None
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                return {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError):
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+                found = {name: stored[name] for name in stored.files}
+        except (OSError, ValueError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
             return None
+        count = found.pop(_COUNT, None)
+        return found if count is not None and int(count) == len(found) else None
 
     def put(self, kind: str, data: str, request: Any, arrays: Arrays) -> None:
         """Keep a measurement; a folder that cannot be written is no reason to fail."""
@@ -50,7 +55,7 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with open(temporary, "xb") as file:
-                    np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy types its own option
+                    np.savez(file, **arrays, **{_COUNT: np.array(len(arrays))})  # type: ignore[arg-type]  # numpy types its own option
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)

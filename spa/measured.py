@@ -19,6 +19,9 @@ from spa.least_squares import Consumer, damped
 from spa.moments import Joint
 from spa.sites import Site, find_sites
 
+FEWEST = 8
+"""Columns per observation above which not even a ridge helps."""
+
 
 @dataclass
 class Measured:
@@ -112,12 +115,12 @@ class Measured:
 
 
 def enough(site: Site, joint: Joint, data: Calibration) -> None:
-    """Raise UsageError unless there are as many observations as half of the columns, and all of them are finite."""
+    """Raise UsageError unless there is an observation for every `FEWEST` columns, and all of them are finite."""
     if not np.isfinite(joint.xx).all():
         raise UsageError(
             f"calibration: the inputs of {site.name!r} become NaN or infinite; check the data's preprocessing"
         )
-    need = max(site.columns // 2, 2)
+    need = max(site.columns // FEWEST, 2)
     if joint.rows < need:
         per = joint.rows / max(data.samples, 1)
         raise UsageError(

@@ -377,6 +377,8 @@ class Twin:
         self._nodes: dict[ir.Node, ir.Node] = {}
         self._values: dict[ir.Value, ir.Value] = {}
         self._names: set[str] = set()
+        self.made: dict[ir.Value, ir.TensorProtocol] = {}
+        """New constants and what they held at first."""
         self._pair(model.graph, self.model.graph)
 
     def _pair(self, a: ir.Graph, b: ir.Graph) -> None:
@@ -438,6 +440,7 @@ class Twin:
                 name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
             )
             graph.register_initializer(value)
+            self.made[value] = tensor
             return value
         node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1, name=name)
         node.outputs[0].name = name
@@ -446,6 +449,7 @@ class Twin:
             graph.append(node)
         else:
             graph.insert_before(first, node)
+        self.made[node.outputs[0]] = tensor
         return node.outputs[0]
 
     def after(

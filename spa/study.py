@@ -163,7 +163,7 @@ class Study:
         after = self._error(reference, twin, probe)
         again = False
         if method.recalibrate != "none":
-            undo = snapshot(twin.model)
+            undo = snapshot(twin)
             recalibrate(self.analysis, kept, twin, self.data, self.setup, self.progress)
             new = self._error(reference, twin, probe)
             again = method.recalibrate == "norm" or new < after
@@ -197,14 +197,20 @@ def best_of(studies: Sequence[Study]) -> Study:
     return studies[int(np.argmin(losses))]
 
 
-def snapshot(model: ir.Model) -> Callable[[], None]:
-    """Remember all weights; the call that is returned brings them back."""
+def snapshot(twin: Twin) -> Callable[[], None]:
+    """Remember all weights; the call that is returned brings them back, and makes biases added since void."""
+    model = twin.model
     values = [*model.graph.initializers.values(), *(n.outputs[0] for n in model.graph if n.op_type == "Constant")]
     tensors = [(v, constant_of(v)) for v in values]
     kept = [(v, t.numpy().copy()) for v, t in tensors if t is not None and t.dtype.is_floating_point()]
 
+    before = set(twin.made)
+
     def restore() -> None:
         for value, array in kept:
             exchange(value, array)
+        for value, tensor in twin.made.items():
+            if value not in before:
+                exchange(value, tensor.numpy())
 
     return restore

@@ -181,7 +181,9 @@ def test_covariances_do_not_depend_on_batches_or_memory(name: str) -> None:
             scale = np.abs(one.covariance).max()
             np.testing.assert_allclose(two.covariance, one.covariance, rtol=1e-4, atol=1e-5 * scale)
             np.testing.assert_allclose(two.mean_x, one.mean_x, rtol=1e-4, atol=1e-5 * np.sqrt(scale))
-    assert seen and max(seen) <= 1 and min(seen) > 0
+    assert seen
+    assert max(seen) <= 1
+    assert min(seen) > 0
 
 
 # -- taps --------------------------------------------------------------------------------------------------------------
@@ -232,7 +234,9 @@ def test_zeros_at_the_taps_are_a_removal(name: str) -> None:
         got = activations(_zeroed_taps(analysis, group, mine, units), data, outputs)
         want = activations(small, data, outputs)
         for o in outputs:
-            np.testing.assert_allclose(got[o], want[o], rtol=1e-3, atol=2e-4 * np.abs(want[o]).max(), err_msg=group.name)
+            np.testing.assert_allclose(
+                got[o], want[o], rtol=1e-3, atol=2e-4 * np.abs(want[o]).max(), err_msg=group.name
+            )
         tried += 1
     assert tried
 
@@ -246,7 +250,8 @@ def test_tables_of_an_attention_block() -> None:
     """Heads are read by the projection, value dims too; query and key dims by the product of both."""
     analysis, found = _taps_of(BUILT["vit_split"].build())
     (heads,) = [t for t in found["qkv:head"] if t.site is not None]
-    assert heads.site is not None and heads.site.weight.name == "proj.weight"
+    assert heads.site is not None
+    assert heads.site.weight.name == "proj.weight"
     np.testing.assert_array_equal(heads.units, np.repeat(np.arange(4), 8))
     np.testing.assert_array_equal(heads.columns(4), np.arange(32).reshape(1, 4, 8))
     (dims,) = [t for t in found["qkv:v-dim"] if t.site is not None]
@@ -259,7 +264,8 @@ def test_tables_of_an_attention_block() -> None:
     for tap in both:
         np.testing.assert_array_equal(tap.units, np.arange(8))
     (neurons,) = found["mlp.fc1:neuron"]
-    assert neurons.site is not None and neurons.site.weight.name == "mlp.fc2.weight"
+    assert neurons.site is not None
+    assert neurons.site.weight.name == "mlp.fc2.weight"
     assert analysis.group("mlp.fc1:neuron") is not None
 
 
@@ -270,7 +276,8 @@ def test_tables_of_flattened_and_grouped_channels() -> None:
     np.testing.assert_array_equal(flat.units, np.repeat(np.arange(8), 25))
     np.testing.assert_array_equal(flat.columns(8)[0], np.arange(200).reshape(8, 25))
     (grouped,) = found["c1:channel"]
-    assert grouped.site is not None and grouped.site.groups == 4
+    assert grouped.site is not None
+    assert grouped.site.groups == 4
     columns = grouped.columns(int(grouped.units.max()) + 1)
     table = grouped.units.reshape(4, 4)
     for g in range(4):
@@ -302,17 +309,24 @@ def test_columns_are_the_weights_that_a_zero_switches_off(name: str) -> None:
 
 
 def test_too_few_samples_say_how_many_are_needed() -> None:
+    """The number in the message is the smallest that is enough."""
     net = Net()
     x = net("Relu", net.gemm(net.input("x", "n", 4), "a", 4, 64))
     net.named(net.gemm(x, "b", 64, 3), "y")
     model = net.model(y=("n", 3))
     analysis = spa.analyze(model)
-    few, enough = (load_calibration({"x": np.random.default_rng(0).normal(size=(n, 4))}, load(model).model)
-                   for n in (31, 32))  # fmt: skip
-    sites = find_sites(analysis.coupling.model)
-    with pytest.raises(UsageError, match=r"31 samples .* 64 inputs .* at least 32 samples"):
-        Measured(analysis, analysis.groups, few).joint(sites[1])
-    assert Measured(analysis, analysis.groups, enough).joint(sites[1]).rows == 32
+    site = find_sites(analysis.coupling.model)[1]
+
+    def rows(count: int) -> int:
+        array = np.random.default_rng(0).normal(size=(count, 4))
+        return Measured(analysis, analysis.groups, load_calibration({"x": array}, load(model).model)).joint(site).rows
+
+    with pytest.raises(UsageError, match=r"2 samples .* 64 inputs .* at least \d+ samples") as caught:
+        rows(2)
+    need = int(str(caught.value).split("at least ")[1].split()[0])
+    assert rows(need) == need
+    with pytest.raises(UsageError, match=f"at least {need} samples"):
+        rows(need - 1)
 
 
 def test_overflow_is_named() -> None:

@@ -151,7 +151,7 @@ def formula(model: str, group: str, criterion: str) -> list[Array]:
     return out
 
 
-@pytest.mark.parametrize("model, group", GROUPS)
+@pytest.mark.parametrize(("model", "group"), GROUPS)
 @pytest.mark.parametrize("criterion", ["variance", "fluctuation", "activation", "activation-l2", "activation-map"])
 def test_statistics(model: str, group: str, criterion: str) -> None:
     rows = np.stack(formula(model, group, criterion))
@@ -160,7 +160,7 @@ def test_statistics(model: str, group: str, criterion: str) -> None:
         np.testing.assert_allclose(scored(model, group, criterion, how=how), expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("model, group", GROUPS)
+@pytest.mark.parametrize(("model", "group"), GROUPS)
 def test_contributions(model: str, group: str) -> None:
     """AMP: mean |h W| of units with several columns, under a normal h W; mean |h| of others."""
     mine, rows = known(model), []
@@ -215,7 +215,7 @@ def test_denoising() -> None:
     assert (denoised_diagonal(np.zeros((4, 4)), 10) == 0).all()
 
 
-@pytest.mark.parametrize("model, group", [("residual_cnn", "stem:channel"), ("vit_split", "qkv:head")])
+@pytest.mark.parametrize(("model", "group"), [("residual_cnn", "stem:channel"), ("vit_split", "qkv:head")])
 def test_denoised_moments(model: str, group: str) -> None:
     """By singular values of the centred patches, mean over kernel taps."""
     mine, rows = known(model), []
@@ -259,7 +259,7 @@ def by_hand(model: str, group: str) -> list[Consumer]:
     return out
 
 
-@pytest.mark.parametrize("model, group", GROUPS)
+@pytest.mark.parametrize(("model", "group"), GROUPS)
 def test_the_first_to_leave_is_the_cheapest(model: str, group: str) -> None:
     """Its score is the loss of a least-squares fit without it; the sum of all is the whole, and the order is greedy."""
     problems = by_hand(model, group)
@@ -278,7 +278,7 @@ def test_the_first_to_leave_is_the_cheapest(model: str, group: str) -> None:
     assert (np.diff(scores[order]) > 0).all()
 
 
-@pytest.mark.parametrize("model, group", GROUPS)
+@pytest.mark.parametrize(("model", "group"), GROUPS)
 def test_problems_are_built_as_by_hand(model: str, group: str) -> None:
     mine = known(model)
     found = mine.analysis.group(group)
@@ -336,7 +336,8 @@ def test_every_group_has_scores(name: str) -> None:
         for criterion in DATA:
             scores = CRITERIA[criterion].score(group, evidence)
             assert scores.shape == (group.units,)
-            assert np.isfinite(scores).all() and (scores >= 0).all(), criterion
+            assert np.isfinite(scores).all(), criterion
+            assert (scores >= 0).all(), criterion
 
 
 def test_constant_channels_are_the_first_to_leave() -> None:

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spa.least_squares import Consumer, Refitter, damped, greedy, loss_of, one_shot, refit, swapped
+from spa.least_squares import (
+    DAMPINGS,
+    Consumer,
+    Refitter,
+    damped,
+    greedy,
+    loss_of,
+    one_shot,
+    refit,
+    swapped,
+    transfer,
+)
 
 Array = np.ndarray
 TINY = 1e-13
@@ -65,6 +76,23 @@ def test_one_refitter_serves_many_targets() -> None:
     for _ in range(3):
         cross = rng.normal(size=(2, 5))
         np.testing.assert_array_equal(refitter(cross), refit(covariance(x), cross, prior, 1e-2))
+
+
+def test_errors_on_other_samples() -> None:
+    """`transfer` is the squared error of a refit on one half, measured on the other, up to what no weight changes."""
+    rng = np.random.default_rng(12)
+    x, prior = samples(rng, 120, 6), rng.normal(size=(3, 6))
+    t = x @ rng.normal(size=(6, 3)) + rng.normal(size=(120, 3))
+    parts = [(covariance(x[k::2]), covariance(x[k::2], t[k::2])) for k in range(2)]
+
+    def error(weight: Array) -> float:
+        test, target = x[1::2] - x[1::2].mean(0), t[1::2] - t[1::2].mean(0)
+        return float(np.square(test @ weight.T - target).sum() / len(test))
+
+    got = transfer(*parts[0], *parts[1], prior)
+    expected = [error(refit(*parts[0], prior, damping)) - error(prior) for damping in DAMPINGS]
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
+    assert (transfer(np.zeros((2, 2)), np.zeros((1, 2)), np.eye(2), np.ones((1, 2)), np.ones((1, 2))) == 0).all()
 
 
 def test_what_the_data_does_not_see_keeps_its_weight() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def part(x: Array, t: Array) -> Joint:
 
 def merged(x: Array, t: Array, bounds: list[int]) -> Joint:
     total: Joint | None = None
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
+    for a, b in itertools.pairwise(bounds):
         if a == b:
             continue
         if total is None:

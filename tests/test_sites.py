@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from dataclasses import dataclass, field
@@ -71,8 +72,12 @@ CASES = {
     "transposed same": back((4, 6, 3, 3), 4, 5, auto_pad="SAME_UPPER", strides=[2, 2]),
     "transposed same lower": back((4, 6, 3, 3), 4, 5, auto_pad="SAME_LOWER", strides=[2, 2]),
     "transposed to a shape": back((4, 6, 3, 3), 4, 5, output_shape=[8, 11], strides=[2, 2]),
-    "transposed to a shape, upper": back((4, 6, 3, 3), 4, 5, output_shape=[8, 9], strides=[2, 2], auto_pad="SAME_UPPER"),
-    "transposed to a shape, lower": back((4, 6, 3, 3), 4, 5, output_shape=[8, 9], strides=[2, 2], auto_pad="SAME_LOWER"),
+    "transposed to a shape, upper": back(
+        (4, 6, 3, 3), 4, 5, output_shape=[8, 9], strides=[2, 2], auto_pad="SAME_UPPER"
+    ),
+    "transposed to a shape, lower": back(
+        (4, 6, 3, 3), 4, 5, output_shape=[8, 9], strides=[2, 2], auto_pad="SAME_LOWER"
+    ),
     "transposed 3d": back((3, 2, 2, 2, 3), 3, 3, 3, strides=[2, 1, 2], pads=[0, 1, 0, 0, 0, 1]),
     "gemm": Case("Gemm", (5, 7), (4, 5)),
     "gemm turned": Case("Gemm", (7, 5), (4, 5), {"transB": 1}),
@@ -91,7 +96,9 @@ def built(case: Case) -> onnx.ModelProto:
     inputs = [x, net.weight("w", *case.weight)]
     if case.bias:
         turned = case.op == "Gemm" and not case.attributes.get("transB")
-        outputs = case.weight[1] * case.attributes.get("group", 1) if case.op == "ConvTranspose" else case.weight[turned]
+        outputs = (
+            case.weight[1] * case.attributes.get("group", 1) if case.op == "ConvTranspose" else case.weight[turned]
+        )
         inputs.append(net.weight("b", outputs))
     net.named(net(case.op, *inputs, name="op", domain=case.domain, **case.attributes), "y")
     return net.model(y=[None] * len(case.data))
@@ -190,7 +197,8 @@ def test_kinds_of_weights_that_are_no_sites() -> None:
     net.named(last, "y")
     sites = find_sites(load(net.model(y=("n", 4, 3))).model)
     assert [s.weight.name for s in sites] == ["last.weight"]
-    assert sites[0].bias is not None and sites[0].bias.name == "last.bias"
+    assert sites[0].bias is not None
+    assert sites[0].bias.name == "last.bias"
 
 
 def test_biases_are_only_taken_if_they_are_the_layers_own() -> None:
@@ -250,7 +258,8 @@ def test_measured_moments(name: str, samples: int) -> None:
     for batch in batches:
         plain.add(place(batch))
     total = plain.total
-    assert total is not None and total.rows == len(rows)
+    assert total is not None
+    assert total.rows == len(rows)
     cov, _, _ = reference(rows)
     close(total.covariance, cov)
     close(total.mean_x, rows.mean(0))
@@ -269,7 +278,9 @@ def test_measured_moments(name: str, samples: int) -> None:
         start += len(batch)
     targets = outputs(site, wide, at)[:, select]
     cov, cross, variance = reference(rows, targets, site.groups)
-    assert meter.total is not None and cross is not None and variance is not None
+    assert meter.total is not None
+    assert cross is not None
+    assert variance is not None
     close(meter.total.covariance, cov)
     close(meter.total.cross, cross)
     close(meter.total.variance_t, variance)
@@ -298,9 +309,39 @@ def test_measured_with_a_residual_branch() -> None:
         flat = [outputs(site, a, at) for a in (wide, plus, minus)]
         targets = flat[0][:, select] + (flat[1][:, select] - flat[2]) / scale
         _, cross, variance = reference(patches(site, x, at), targets, site.groups)
-        assert meter.total is not None and cross is not None and variance is not None
+        assert meter.total is not None
+        assert cross is not None
+        assert variance is not None
         close(meter.total.cross, cross)
         close(meter.total.variance_t, variance)
+
+
+@pytest.mark.parametrize("name", ["conv groups", "matmul", "gemm", "matmul on images"])
+def test_halves(name: str) -> None:
+    """Every second sample, over batches of any size; together they are all samples."""
+    case = CASES[name]
+    model = built(case)
+    site, x = site_of(model), numbers(case, 0, 9)
+    y = run(model, x)
+    width = site.groups * site.rows
+    halves, plain = (Meter(site, 9, width=width) for _ in range(2))
+    for start, stop in ((0, 4), (4, 5), (5, 8), (8, 9)):
+        one, two = place(x[start:stop]), {"t": place(y[start:stop])}
+        halves.split(one, two)
+        plain.add(one, two)
+    at = chosen_positions(site, x, 9)
+    for k, half in enumerate(halves.join()):
+        assert half is not None
+        cov, cross, _ = reference(patches(site, x[k::2], at), outputs(site, y[k::2], at), site.groups)
+        assert cross is not None
+        close(half.covariance, cov)
+        close(half.cross, cross)
+    assert halves.moments.rows == plain.moments.rows
+    close(halves.moments.covariance, plain.moments.covariance)
+    close(halves.moments.cross, plain.moments.cross)
+    single = Meter(site, 1, width=width)
+    single.split(place(x[:1]), {"t": place(y[:1])})
+    assert single.join()[1] is None
 
 
 def test_half_precision_is_widened_first() -> None:
@@ -312,7 +353,8 @@ def test_half_precision_is_widened_first() -> None:
     meter = Meter(site, 1, width=4, dtypes=(ir.DataType.FLOAT16, ir.DataType.FLOAT))
     meter.add(place(x), {"t": place(t)})
     cov, cross, _ = reference(x.reshape(-1, 1, 6).astype(np.float64), t.reshape(-1, 4))
-    assert meter.total is not None and cross is not None
+    assert meter.total is not None
+    assert cross is not None
     close(meter.total.covariance, cov)
     close(meter.total.cross, cross)
 
@@ -320,7 +362,7 @@ def test_half_precision_is_widened_first() -> None:
 # -- activations behind a site -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("low, high", [(0.0, math.inf), (0.0, 6.0), (-math.inf, 0.5), (-1.0, 1.0)])
+@pytest.mark.parametrize(("low", "high"), [(0.0, math.inf), (0.0, 6.0), (-math.inf, 0.5), (-1.0, 1.0)])
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("name", ["conv groups", "gemm turned", "matmul"])
 def test_bent_targets(name: str, skip: bool, low: float, high: float) -> None:
@@ -375,14 +417,16 @@ def test_bent_targets(name: str, skip: bool, low: float, high: float) -> None:
         meter.add(place(x), {k: place(np.asarray(v, dtype=np.float32)) for k, v in given.items()})
         moments: Joint | None = meter.total
         _, cross, variance = reference(rows, bent, g)
-        assert moments is not None and cross is not None and variance is not None
+        assert moments is not None
+        assert cross is not None
+        assert variance is not None
         close(moments.cross, cross)
         close(moments.variance_t, variance)
         close(moments.mean_t, bent.mean(0).reshape(g, m))
         weight = np.stack([s(moments.cross[k]) for k, s in enumerate(solvers)])
         offset = moments.mean_t - np.einsum("gmd,gd->gm", weight, rows.mean(0))
         bounds.append(bound(scale * out(weight, offset) + rest))
-    for before, after in zip(bounds[:-1], bounds[1:], strict=True):
+    for before, after in itertools.pairwise(bounds):
         assert (after <= before * (1 + 1e-4) + 1e-6).all()
     assert bounds[-1].sum() < bounds[0].sum()
 
@@ -396,8 +440,7 @@ def test_samples_of_positions() -> None:
     assert sample(site, 10, 1).tolist() == list(range(10))
     few = sample(site, 1000, 50)
     np.testing.assert_array_equal(few, sample(site, 1000, 50))
-    assert (np.diff(few) > 0).all() and few[-1] < 1000
+    assert (np.diff(few) > 0).all()
+    assert few[-1] < 1000
     assert len(few) * 50 >= 20 * site.columns or len(few) >= 1000 * site.rows // site.columns
     assert len(sample(site, 1000, 10**9)) >= 1
-
-
