@@ -85,7 +85,10 @@ DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1000.0)
 """Ridges to choose from, weakest first; the last one all but keeps the prior."""
 
 
-def transfer(fit_xx: Array, fit_tx: Array, test_xx: Array, test_tx: Array, prior: Array) -> Array:
+def transfer(
+    fit_xx: NDArray[np.floating], fit_tx: NDArray[np.floating], test_xx: NDArray[np.floating],
+    test_tx: NDArray[np.floating], prior: NDArray[np.floating],
+) -> Array:  # fmt: skip
     """Squared error on test moments, up to a constant, of `Refitter` on fit moments, per damping of `DAMPINGS`.
 
     Args:
@@ -95,6 +98,8 @@ def transfer(fit_xx: Array, fit_tx: Array, test_xx: Array, test_tx: Array, prior
         test_tx: see above.
         prior: weights the ridge pulls to, [m, d].
     """
+    # single precision is enough to choose among ridges that are ten times apart, and twice as fast
+    fit_xx, fit_tx, test_xx, test_tx, prior = (a.astype(np.float32) for a in (fit_xx, fit_tx, test_xx, test_tx, prior))
     values, vectors = np.linalg.eigh(fit_xx)
     scale = max(float(values.mean()), 0.0)
     step = (fit_tx - prior @ fit_xx) @ vectors
@@ -129,6 +134,10 @@ def _flat(columns: Index) -> Index:
     return flat[flat >= 0]
 
 
+_COMPACT = 0.8
+"""Share of columns still there below which the others are forgotten."""
+
+
 class _State:
     """One consumer during elimination: inverse covariance and weights of what has not left."""
 
@@ -137,6 +146,7 @@ class _State:
         self.importance = consumer.importance
         self.inverse = consumer.inverse.copy()
         self.weight = consumer.rows.copy()
+        self.left = np.ones(len(self.inverse), dtype=bool)
 
     def scores(self, units: Index) -> Array:
         """tr(w_u (Cinv_uu)^-1 w_u^T) of each unit, [units]."""
@@ -164,11 +174,22 @@ class _State:
         rows = self.inverse[gone]
         self.weight -= (w @ block) @ rows
         self.inverse -= rows.T @ (block @ rows)
+        self.left[gone] = False
         self.weight[:, gone] = 0.0
         self.inverse[gone] = 0.0
         self.inverse[:, gone] = 0.0
         self.inverse[gone, gone] = 1.0
+        if self.left.sum() < _COMPACT * len(self.left):
+            self._compact()
         return loss
+
+    def _compact(self) -> None:
+        """Forget columns that have left: every step is quadratic in those that are there."""
+        place = np.where(self.left, np.cumsum(self.left) - 1, -1)
+        self.columns = np.where(self.columns >= 0, place[np.maximum(self.columns, 0)], -1)
+        self.inverse = np.ascontiguousarray(self.inverse[np.ix_(self.left, self.left)])
+        self.weight = np.ascontiguousarray(self.weight[:, self.left])
+        self.left = np.ones(len(self.inverse), dtype=bool)
 
 
 def greedy(consumers: Sequence[Consumer], *, steps: int = 256) -> Elimination:
