@@ -29,8 +29,8 @@ SAMPLES = 256
 """Training images, without labels, that obspa looks at."""
 NOTE = (
     "Accuracy is on 450 test images that neither training nor calibration saw. l2 looks at weights only and leaves "
-    f"those that stay as they are; obspa looks at {SAMPLES} training images without labels and refits what stays, in closed "
-    "form. Nothing was trained after pruning. Latency is ONNX Runtime's on this machine, all models of a table "
+    f"those that stay as they are; obspa looks at {SAMPLES} training images without labels and refits what stays, in "
+    "closed form. Nothing was trained after pruning. Latency is ONNX Runtime's on this machine, all models of a table "
     "interleaved in one process. The exactness error is that of the pruned model, before any refit, against the dense "
     "one with the same channels masked: removing them changes nothing else."
 )

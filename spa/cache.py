@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from spa.version import __version__
 
+RULES = 2
+"""Raised whenever measurements are taken in another way, so that old ones are not found."""
 Arrays = Mapping[str, NDArray[Any]]
 _COUNT = "_count"
 """How many arrays there are besides: a file that lost some is damaged."""
@@ -63,7 +65,7 @@ class Cache:
     def _path(self, kind: str, data: str, request: Any) -> Path | None:
         if self.folder is None:
             return None
-        text = json.dumps([__version__, self.model, data, kind, request], sort_keys=True, default=str)
+        text = json.dumps([__version__, RULES, self.model, data, kind, request], sort_keys=True, default=str)
         return self.folder / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:40]}.npz"
 
 

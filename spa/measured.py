@@ -124,6 +124,6 @@ def enough(site: Site, joint: Joint, data: Calibration) -> None:
     if joint.rows < need:
         per = joint.rows / max(data.samples, 1)
         raise UsageError(
-            f"calibration: {data.samples} samples give {joint.rows} observations of the {site.columns} inputs of "
+            f"calibration: {data.samples} sample(s) give {joint.rows} observations of the {site.columns} inputs of "
             f"{site.name!r}; give at least {int(np.ceil(need / max(per, 1e-9)))} samples"
         )

@@ -43,15 +43,19 @@ class Method:
     """Of the method, or of the criterion where parts were chosen one by one."""
 
     @property
-    def needs_data(self) -> bool:
-        """Whether it needs calibration samples."""
-        activations = CRITERIA[self.criterion].needs == "data"
-        return activations or self.compensate != "none" or self.recalibrate != "none" or self.sensitivity
+    def needs_data(self) -> str:
+        """Which part of it needs calibration samples; empty if none does."""
+        if CRITERIA[self.criterion].needs == "data":
+            return f"criterion {self.criterion}"
+        for part, value in (("compensate", self.compensate), ("recalibrate", self.recalibrate)):
+            if value != "none":
+                return f"{part}={value}"
+        return "weighing layers" if self.sensitivity else ""
 
     def settings(self) -> dict[str, Any]:
         """For the plan."""
         body = asdict(self)
-        return {k: body[k] for k in body if k not in ("text", "kinds")} | {"method": body.pop("name")}
+        return {"method": self.name} | {k: body[k] for k in body if k not in ("text", "kinds", "name")}
 
 
 _TABLE: dict[str, Method] = {

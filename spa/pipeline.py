@@ -220,10 +220,10 @@ def prune(
     check_choices(scope, kinds, align)
     keep = parse_min_keep(min_keep)
     setup = Setup(batch, parse_memory(memory), provider)
-    needed = [m.name for m in chosen if m.needs_data]
+    needed = [m.needs_data for m in chosen if m.needs_data]
     if needed and calibration is None:
         raise UsageError(
-            f"{needed[0]} looks at activations: give --calibration PATH, or --calibration none for made-up inputs"
+            f"{needed[0]} needs samples of the inputs: give --calibration PATH, or --calibration none to make them up"
         )
     check_output(output)
     with clock.stage("load"):

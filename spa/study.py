@@ -18,6 +18,7 @@ from spa.compensate.walk import refit_sites
 from spa.cost import Metric
 from spa.criteria import CRITERIA, normalise
 from spa.criteria.obspa import consumers
+from spa.errors import TargetError
 from spa.evidence import Evidence, Vector
 from spa.executors.collect import Setup
 from spa.executors.segments import Segments
@@ -98,11 +99,24 @@ class Study:
         self.query, self.method, self.seed, self.data = query, method, seed, data
         self.analysis = query.analysis
         self.setup, self.cache, self.progress = setup or Setup(), cache or Cache(), progress
-        self.groups = choose(self.analysis, query.scope, query.kinds or method.kinds, query.ignore)
+        self.groups = self._choose()
         self.measured = (
             None if data is None else Measured(self.analysis, self.groups, data, self.setup, self.cache, progress)
         )
         self.evidence = Evidence(self.analysis, seed, self.measured)
+
+    def _choose(self) -> list[Group]:
+        query, method = self.query, self.method
+        if query.kinds or not method.kinds:
+            return choose(self.analysis, query.scope, query.kinds, query.ignore)
+        try:
+            return choose(self.analysis, query.scope, method.kinds, query.ignore)
+        except TargetError as error:
+            kinds = " and ".join(method.kinds)
+            raise TargetError(
+                f"method {method.name} is about units of kind {kinds}, and this model has none that can be pruned: "
+                "choose kinds with --kinds, or another method"
+            ) from error
 
     def score(self) -> Scored:
         """Importance of every unit of every group."""

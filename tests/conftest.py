@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Before numpy is imported: many small matrices, and as many workers as cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest

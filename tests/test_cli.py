@@ -262,6 +262,11 @@ def test_options_reach_the_library(folder: Path, capsys: pytest.CaptureFixture[s
     body = json.loads(plan.read_text())
     assert body["settings"] | {"targets": None} == {
         "targets": None,
+        "method": "l1",
+        "compensate": "none",
+        "recalibrate": "none",
+        "sensitivity": False,
+        "calibration": None,
         "criterion": "l1",
         "aggregation": "max",
         "normalisation": "gaussian",
@@ -330,10 +335,13 @@ def test_the_fixed_names() -> None:
     from typer.main import get_command
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    assert list(commands) == ["inspect", "explain", "prune", "apply", "verify", "bench", "rules"]
+    assert list(commands) == ["inspect", "explain", "prune", "apply", "verify", "bench", "rules", "methods"]
     options = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
     assert all("--json" in found for found in options.values())
-    wanted = "--target --criterion --scope --kinds --ignore --align --min-keep --seed --plan -o --output --dim --inputs"
+    wanted = "--method --calibration --samples --batch --memory --compensate --recalibrate "
+    wanted += (
+        "--target --criterion --scope --kinds --ignore --align --min-keep --seed --plan -o --output --dim --inputs"
+    )
     assert set(wanted.split()) <= options["prune"]
     assert "--plan" in options["verify"]
 

@@ -131,7 +131,7 @@ def test_every_group_can_be_scored(name: str) -> None:
     analysis = spa.analyze(BUILT[name].build())
     evidence = Evidence(analysis)
     for group in analysis.groups:
-        for criterion in CRITERIA.values():
+        for criterion in (c for c in CRITERIA.values() if c.needs == "weights"):
             scores = criterion.score(group, evidence, "mean")
             assert scores.shape == (group.units,)
             assert scores.dtype == np.float64

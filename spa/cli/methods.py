@@ -14,7 +14,9 @@ def methods(json: Json = False) -> None:
     if json:
         output.emit(
             {
-                "methods": [m.settings() | {"text": m.text, "needs_data": m.needs_data} for m in METHODS.values()],
+                "methods": [
+                    m.settings() | {"text": m.text, "needs_data": bool(m.needs_data)} for m in METHODS.values()
+                ],
                 "criteria": [{"name": c.name, "text": c.text, "needs": c.needs} for c in CRITERIA.values()],
             }
         )

@@ -303,7 +303,7 @@ def _show(result: Result, model: Path, verbose: bool) -> None:
     screen.print(proof, soft_wrap=True)
     if report.fit is not None:
         screen.print(_fit(report.method, report.fit), soft_wrap=True)
-    screen.print("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report.seconds.items() if v >= 0.005))
+    screen.print("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report.seconds.items() if v))
     screen.print(f"wrote {result.output}", soft_wrap=True)
     command = f"spa bench {quote(str(model))} {quote(str(result.output))}"
     screen.print(f"Fewer MACs are not automatically faster: measure with `{command}`.", soft_wrap=True)

@@ -68,7 +68,7 @@ class _Builder:
             name="kernel",
         )
         data = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION)).SerializeToString()
-        return open_session(data, provider=provider, threads=threads, optimize=True)
+        return open_session(data, provider=provider, threads=threads, optimize=True, arena=False)
 
 
 @dataclass(frozen=True)

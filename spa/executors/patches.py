@@ -105,12 +105,12 @@ def output_space(site: Site, space: Sequence[int]) -> tuple[int, ...]:
 def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDArray[np.int64]:
     """Output positions that are looked at: the same for all samples, chosen by the operator's name.
 
-    As many as make the moments cost about what the operator costs itself, but at least enough for `least` rows per
-    column over all samples.
+    As many as make the moments cost what the operator costs itself; up to twice that if it takes so many to have
+    `least` rows per column over all samples.
     """
     affordable = positions * site.rows / site.columns
     needed = least * site.columns / max(samples, 1)
-    count = int(min(max(affordable, needed, 1), positions))
+    count = int(min(max(affordable, min(needed, 2 * affordable), 1), positions))
     if count == positions:
         return np.arange(positions)
     rng = np.random.default_rng(zlib.crc32(site.name.encode()))

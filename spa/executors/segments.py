@@ -127,7 +127,9 @@ class Segments:
         names = [name for name in self.producer if not self.types.get(name)]
         at_hand = [name for name in self.inputs if self.types.get(name)]
         proto, _ = self.extract(names, at_hand)
-        session = open_session(proto.SerializeToString(), provider="cpu", threads=self.threads, optimize=False)
+        session = open_session(
+            proto.SerializeToString(), provider="cpu", threads=self.threads, optimize=False, arena=False
+        )
         for arg in session.get_outputs():
             self.types[arg.name] = _ELEMENTS.get(arg.type, 0)
 
@@ -140,7 +142,7 @@ class Segments:
         if computed:
             proto, reads_ = self.extract(computed, at_hand)
             session = open_session(
-                proto.SerializeToString(), provider=self.provider, threads=self.threads, optimize=optimize
+                proto.SerializeToString(), provider=self.provider, threads=self.threads, optimize=optimize, arena=False
             )
         return Runner(session, reads_, computed, [n for n in passing if n not in self.initializers])
 
