@@ -38,7 +38,7 @@ class Evidence:
         """
         if self.data is None:
             raise UsageError(
-                "this criterion looks at activations: give --calibration PATH, or --calibration none for made-up inputs"
+                "this criterion looks at activations: give --calibration PATH, or --calibration none to make inputs up"
             )
         return self.data
 
