@@ -92,7 +92,6 @@ class Trials:
         self.parts = Segments.of(analysis.coupling.model, measured.setup.provider, measured.setup.threads)
         self.reference = outputs(self.parts, data, measured.setup.batch)
         self.front = Front(self.parts, data, measured.setup.batch, measured.setup.memory // 4)
-        self.position = 0
 
     def start(self, group: Group) -> int:
         """Position of the first node that changes with the group."""
@@ -107,7 +106,7 @@ class Trials:
         removed = [(group, units.tolist())]
         twin = rewritten(self.analysis, kept_without(self.analysis, removed))
         refit_readers(twin, measured, removed)
-        at = max(self.start(group), self.position)
+        at = self.start(group)
         window = self.front.at(at, self.parts.inputs)
         parts = Segments.of(twin.model, measured.setup.provider, measured.setup.threads)
         names = floats(parts)

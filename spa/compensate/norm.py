@@ -58,8 +58,8 @@ def recalibrate(
         if node.op_type == "BatchNormalization" and node.inputs[0] is not None and node.inputs[0].name in mine
     ]
     points += [_Point(after.producer[p.pruned.name] + 1, p.pruned.name, pair=p, bias=biases[p]) for p in pairs]
-    front = Front(after, data, setup.batch, setup.memory // 4)
-    other = Front(before, data, setup.batch, setup.memory // 4) if before is not None else None
+    front = Front(after, data, setup.batch, setup.memory // 8)
+    other = Front(before, data, setup.batch, setup.memory // 8) if before is not None else None
     ordered = sorted(points, key=lambda p: p.position)
     for k, point in enumerate(ordered):
         # the cut stays before the node that is about to change

@@ -89,7 +89,8 @@ def refit_sites(
     biases = {pair: bias_of(twin, pair.pruned) for pair in pairs}
     after = Segments.of(twin.model, setup.provider, setup.threads)
     before = Segments.of(analysis.coupling.model, setup.provider, setup.threads)
-    fronts = [Front(parts, data, setup.batch, setup.memory // 4) for parts in (before, after)]
+    first = Front(before, data, setup.batch, setup.memory // 8)
+    fronts = [first, Front(after, data, setup.batch, setup.memory // 8, beside=first)]
     ancestors = site_ancestors(twin.model, {pair.pruned.name for pair in pairs})
     done = 0
     for step in steps(pairs, ancestors):

@@ -20,11 +20,15 @@ class Front:
         batch: samples per run.
         memory: bytes for the values of one cut and of what is asked for there; above that the cut stays where it is,
             and what is asked for is computed again from there.
+        beside: another front that has not moved yet, over the same samples.
     """
 
-    def __init__(self, parts: Segments, data: Calibration, batch: int, memory: int) -> None:
+    def __init__(
+        self, parts: Segments, data: Calibration, batch: int, memory: int, beside: Front | None = None
+    ) -> None:
         self.parts, self.memory = parts, memory
-        self.anchor: list[Values] = [placed(b) for b in data.batches(batch)]
+        # two fronts over the same samples hold them once
+        self.anchor: list[Values] = [placed(b) for b in data.batches(batch)] if beside is None else beside.anchor
 
     def at(self, position: int, wanted: Sequence[str]) -> Window:
         """Move the cut before the node at `position`; the values of `wanted` for all batches."""
