@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from spa.cache import Cache
 from spa.calibration import Calibration
+from spa.calibration.data import plural
 from spa.consumers import Tap, taps
 from spa.errors import UsageError
 from spa.executors.collect import Profile, Progress, Setup, covariances, profiles
@@ -124,6 +125,6 @@ def enough(site: Site, joint: Joint, data: Calibration) -> None:
     if joint.rows < need:
         per = joint.rows / max(data.samples, 1)
         raise UsageError(
-            f"calibration: {data.samples} sample(s) give {joint.rows} observations of the {site.columns} inputs of "
+            f"calibration: {plural(data.samples)} give {joint.rows} observations of the {site.columns} inputs of "
             f"{site.name!r}; give at least {int(np.ceil(need / max(per, 1e-9)))} samples"
         )
