@@ -102,15 +102,20 @@ def output_space(site: Site, space: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides[a] * (space[a] - 1) + extra[a] + spans[a] - pads[a] - pads[a + rank] for a in range(rank))
 
 
+_CHEAP = 2e9
+"""Multiply-accumulates for the moments of one operator that nobody needs to save."""
+
+
 def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDArray[np.int64]:
     """Output positions that are looked at: the same for all samples, chosen by the operator's name.
 
-    As many as make the moments cost what the operator costs itself; up to twice that if it takes so many to have
-    `least` rows per column over all samples.
+    As many as make the moments cost what the operator costs itself; more if it takes more to have `least` rows per
+    column over all samples, but then at most twice that cost, unless it is next to nothing.
     """
     affordable = positions * site.rows / site.columns
     needed = least * site.columns / max(samples, 1)
-    count = int(min(max(affordable, min(needed, 2 * affordable), 1), positions))
+    cheap = _CHEAP / (max(samples, 1) * site.groups * site.columns**2)
+    count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), 1), positions))
     if count == positions:
         return np.arange(positions)
     rng = np.random.default_rng(zlib.crc32(site.name.encode()))
