@@ -86,20 +86,22 @@ CIFAR_SETS = ("jpeg", "lossless")
 @cache
 def cifar_test(kind: str) -> Images:
     """`lossless`: 761 images as published; `jpeg`: all 10,000, recompressed, which costs a network ten points."""
-    if kind == "jpeg":
-        x, y = _decode(_file("data", "cifar10_test_10k.jpeg.npz"))
-        return Images(_standard(x), y)
-    with np.load(_file("data", "cifar10_lossless.npz")) as z:
-        return Images(_standard(z["test_x"].transpose(0, 2, 3, 1)), z["test_y"].astype(np.int64))
+    return _cifar(kind, "test_10k", "test")
 
 
 @cache
 def _cifar_train(kind: str) -> Images:
+    return _cifar(kind, "train_10k", "calib")
+
+
+def _cifar(kind: str, jpeg: str, lossless: str) -> Images:
+    """One part of the data, by its name in either form."""
     if kind == "jpeg":
-        x, y = _decode(_file("data", "cifar10_train_10k.jpeg.npz"))
+        x, y = _decode(_file("data", f"cifar10_{jpeg}.jpeg.npz"))
         return Images(_standard(x), y)
     with np.load(_file("data", "cifar10_lossless.npz")) as z:
-        return Images(_standard(z["calib_x"].transpose(0, 2, 3, 1)), z["calib_y"].astype(np.int64))
+        x, y = z[f"{lossless}_x"], z[f"{lossless}_y"]
+        return Images(_standard(x.transpose(0, 2, 3, 1)), y.astype(np.int64))
 
 
 def cifar_calibration(kind: str, seed: int) -> Images:
