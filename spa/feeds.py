@@ -30,6 +30,7 @@ __all__ = [
     "inputs_of",
     "load_feeds",
     "make_feeds",
+    "read_npz",
     "runnable_feeds",
 ]
 
@@ -364,7 +365,7 @@ def load_feeds(path: Path, specs: Sequence[InputSpec]) -> dict[str, Array]:
 
     Raises: UsageError if the file is no .npz, or an array is missing, unknown, or of wrong type or shape.
     """
-    arrays = _read_npz(path)
+    arrays = read_npz(path)
     named = {name.removeprefix("in:"): array for name, array in arrays.items() if not name.startswith("out:")}
     expected = {spec.name for spec in specs}
     extra = [name for name in named if name not in expected]
@@ -375,16 +376,22 @@ def load_feeds(path: Path, specs: Sequence[InputSpec]) -> dict[str, Array]:
     return feeds
 
 
-def _read_npz(path: Path) -> dict[str, Array]:
+def read_npz(path: Path) -> dict[str, Array]:
+    """The arrays of an `.npz` file by name; Python objects are never loaded.
+
+    Raises: UsageError if it cannot be read, or is no `.npz` of plain arrays.
+    """
     try:
         with path.open("rb") as stream:
             file = np.load(stream, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageError(f"{path} holds a single array: save inputs by name with numpy.savez.")
+                raise UsageError(f"{path} holds a single array: save it by name with numpy.savez.")
             return {name: file[name] for name in file.files}
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror or error}): check the path.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
+            raise UsageError(f"{path} holds Python objects, which are never loaded: save plain arrays.") from error
         raise UsageError(f"{path} is not an .npz file of plain arrays: write it with numpy.savez.") from error
 
 

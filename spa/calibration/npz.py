@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from spa.calibration.data import Array, Calibration, assemble, fixed_batch, sele
 from spa.calibration.images import from_arrays
 from spa.calibration.preprocess import Preprocessing
 from spa.errors import UsageError
+from spa.feeds import read_npz
 from spa.signature import InputSpec
 
 __all__ = ["load_npz"]
@@ -38,7 +37,7 @@ def load_npz(
     Raises: UsageError, see `spa.calibration.arrays` and `assemble`.
     """
     where = str(path)
-    arrays = _read(path)
+    arrays = read_npz(path)
     inputs = {spec.name for spec in specs}
     given = {k.removeprefix("in:"): a for k, a in arrays.items() if not k.startswith("out:")}
     classes = given.pop(LABELS) if LABELS in given and LABELS not in inputs and len(given) > 1 else None
@@ -54,21 +53,6 @@ def load_npz(
         samples = None
     buckets, labels = select([fit(matched, specs, bounds, where)], labels, samples, seed)
     return assemble(f"npz {path.name}", where, buckets, labels, fixed_batch(specs))
-
-
-def _read(path: Path) -> dict[str, Array]:
-    try:
-        with path.open("rb") as stream:
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UsageError(f"{path} holds a single array: save it by name with numpy.savez.")
-            return {name: file[name] for name in file.files}
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error.strerror or error}): check the path.") from error
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "allow_pickle" in str(error) and zipfile.is_zipfile(path):
-            raise UsageError(f"{path} holds Python objects, which are never loaded: save plain arrays.") from error
-        raise UsageError(f"{path} is not an .npz file of plain arrays: write it with numpy.savez.") from error
 
 
 def _images(
