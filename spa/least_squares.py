@@ -36,10 +36,14 @@ class Consumer:
     """What its squared error counts."""
     damping: float = 0.01
     """Ridge, relative to the mean variance."""
+    known: Array | None = None
+    """`inverse`, if it is at hand."""
 
     @cached_property
     def inverse(self) -> Array:
         """(C + ridge)^-1, [d, d]."""
+        if self.known is not None:
+            return self.known
         return np.asarray(np.linalg.inv(damped(self.covariance, self.damping)))
 
     @cached_property

@@ -196,17 +196,16 @@ class Study:
 
 def best_of(studies: Sequence[Study]) -> Study:
     """The study whose method does best on samples that it was not fit on; it goes on with all samples."""
-    losses = []
+    first, losses = studies[0], []
+    assert first.data is not None
+    fit, test = first.data.split(min(SAMPLES, max(1, first.data.samples // 5)))
+    reference = outputs(first._parts(first.analysis.coupling.model), test, first.setup.batch)
     for study in studies:
-        assert study.data is not None
-        held = min(SAMPLES, max(1, study.data.samples // 5))
-        fit, test = study.data.split(held)
         trial = Study(study.query, study.method, study.seed, fit, study.setup, study.cache, study.progress)
         selection = trial.select(trial.score())
         kept = kept_without(trial.analysis, selection.removed)
         twin = rewritten(trial.analysis, kept)
         trial.compensate(kept, twin, selection.removed)
-        reference = outputs(trial._parts(trial.analysis.coupling.model), test, trial.setup.batch)
         losses.append(trial._error(reference, twin, test))
     return studies[int(np.argmin(losses))]
 

@@ -59,7 +59,7 @@ def recalibrate(
     ]
     points += [_Point(after.producer[p.pruned.name] + 1, p.pruned.name, pair=p, bias=biases[p]) for p in pairs]
     front = Front(after, data, setup.batch, setup.memory // 8)
-    other = Front(before, data, setup.batch, setup.memory // 8) if before is not None else None
+    other = Front(before, data, setup.batch, setup.memory // 8, beside=front) if before is not None else None
     ordered = sorted(points, key=lambda p: p.position)
     for k, point in enumerate(ordered):
         # the cut stays before the node that is about to change

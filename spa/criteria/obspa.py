@@ -34,7 +34,10 @@ def consumers(group: Group, measured: Measured) -> list[Consumer]:
         covariance = joint.covariance
         total = float(np.einsum("gmd,gde,gme->", weight, covariance, weight, optimize=True))
         importance = 1.0 / max(total, 1e-30)
-        out += [Consumer(weight[g], covariance[g], columns[g], importance, DAMPING) for g in range(len(weight))]
+        out += [
+            Consumer(weight[g], covariance[g], columns[g], importance, DAMPING, measured.inverse(tap.site, g, DAMPING))
+            for g in range(len(weight))
+        ]
     return out
 
 
