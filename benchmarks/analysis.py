@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from decoders import DECODERS
 from measure import Times, Worker, brief, clock, seconds, serve, table, write
-from models import DECODERS, PEER_MODULES, build, example, module, needs, path_of
+from models import build, needs
+from networks import PEER_MODULES, example, module
+from paths import path_of
 
 GOALS = {"resnet50": 0.1, "vit-b16": 0.2, "bert-base": 0.2, "bert-base-hf": 0.2, "llama-7b": 2.0, "llama-7b-gqa": 2.0}
 STANDARD = (
@@ -73,7 +76,7 @@ def _spa() -> Callable[[dict[str, Any]], dict[str, Any]]:
                 cpu, wall, result = clock(lambda: pipeline.prune(held[path], **target))
                 reply["prune"] = [cpu, wall]
                 reply["stages"] = dict(result.report.seconds)
-            except Exception as error:
+            except Exception as error:  # a tool that fails on a model is a cell of the table
                 reply["prune_error"] = brief(error)
         return reply
 
@@ -98,7 +101,7 @@ def _torch_pruning() -> Callable[[dict[str, Any]], dict[str, Any]]:
         try:
             cpu, wall, groups = clock(lambda: list(graph.get_all_groups()))
             reply |= {"groups": [reply["build"][0] + cpu, reply["build"][1] + wall], "found": len(groups)}
-        except Exception as error:
+        except Exception as error:  # a tool that fails on a model is a cell of the table
             reply["groups_error"] = brief(error)
         return reply
 
@@ -124,7 +127,7 @@ def _onnxsim() -> Callable[[dict[str, Any]], dict[str, Any]]:
                 cpu, wall, pruned = clock(lambda call=call: call(held[path], sparsity=0.25))
                 reply[key] = [cpu, wall]
                 reply[f"{key}_left"] = _parameters(pruned) / before
-            except Exception as error:
+            except Exception as error:  # a tool that fails on a model is a cell of the table
                 reply[f"{key}_error"] = brief(error)
         return reply
 

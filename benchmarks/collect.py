@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from analysis import made
 from measure import table, write
-from models import path_of
+from paths import path_of
 
 import spa
 from spa.calibration import load_calibration

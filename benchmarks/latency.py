@@ -18,7 +18,7 @@ from typing import Any
 
 from analysis import made
 from measure import table, write
-from models import path_of
+from paths import path_of
 
 import spa.pipeline as pipeline
 from spa.bench import bench

@@ -23,7 +23,7 @@ from typing import Any
 
 from analysis import made
 from measure import brief, seconds, table, write
-from models import path_of
+from paths import path_of
 
 MODELS = ("resnet50", "decoder-1gb-single", "decoder-1gb", "decoder-3gb")
 GOAL = 1.3
@@ -59,7 +59,7 @@ def child(mode: str, path: str, target: str) -> dict[str, Any]:
     import spa.pipeline as pipeline
 
     if mode == "verify":  # its libraries belong to the floor of that mode
-        import onnxruntime  # noqa: F401
+        import onnxruntime  # noqa: F401  # for what it loads
     floor = {"peak": _status("VmHWM"), "own": _status("RssAnon")}
     sampler = _Sampler()
     sampler.start()
@@ -76,7 +76,7 @@ def child(mode: str, path: str, target: str) -> dict[str, Any]:
                 reply["parameters"] = [result.report.parameters.before, result.report.parameters.after]
                 reply["seconds"] = dict(result.report.seconds)
                 reply["error"] = result.report.verify.max_rel_error if result.report.verify else None
-            except Exception as error:
+            except Exception as error:  # the parent reports it beside what was measured
                 reply["failed"] = brief(error)
     reply["cpu"], reply["wall"] = time.process_time() - cpu, time.perf_counter() - wall
     sampler.running = False

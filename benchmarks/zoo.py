@@ -132,7 +132,7 @@ def _unloadable(path: Path) -> str | None:
     """Why ONNX Runtime itself refuses the original, if it does."""
     try:
         _session(str(path))
-    except Exception as error:
+    except Exception as error:  # its exception classes are private and share no base
         return f"ONNX Runtime does not load the original ({str(error).splitlines()[0][:120]})"
     return None
 

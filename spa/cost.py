@@ -138,6 +138,6 @@ def default_dims(model: ir.Model, given: Mapping[str, int] | None = None) -> dic
 
 def _number(size: Size, dims: Mapping[str, int]) -> int:
     if is_static(size):
-        return int(size)  # type: ignore[arg-type]  # static sizes are ints
+        return size
     value = bind(size, dims)
     return 128 if value is None else max(int(value), 1)

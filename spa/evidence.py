@@ -56,7 +56,7 @@ class Evidence:
         for leaf, part in solution.fold(member.dim, values):
             if leaf in group.leaves:
                 by_position[solution.base[leaf] : solution.base[leaf + 1]] += part
-        return by_position[group.positions].sum(axis=1)  # type: ignore[no-any-return]
+        return np.asarray(by_position[group.positions].sum(axis=1))
 
 
 def _power_sums(coupling: Coupling, value: ir.Value, power: Literal[1, 2]) -> list[Vector]:

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # no types are shipped
 from numpy.typing import NDArray
 from onnx.external_data_helper import ExternalDataInfo
 
@@ -266,7 +266,7 @@ class _Detacher:
                 dense[tuple(index.T)] = values
             else:
                 dense.reshape(-1)[index] = values
-        except Exception as error:
+        except Exception as error:  # onnx-ir and numpy raise anything on malformed tensors
             raise ModelError(f"{what} has malformed values or indices; export the model again.") from error
         raw = ir.Tensor(dense, dtype, name=sparse.values.name).tobytes()
         self.tensor(onnx.TensorProto(name=sparse.values.name, dims=dims, data_type=int(dtype), raw_data=raw), target)

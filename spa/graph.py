@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 and float8 with numpy)
+import ml_dtypes  # noqa: F401  # registers bfloat16 and float8 with numpy
 import numpy as np
 import onnx
 import onnx.inliner
 import onnx_ir as ir
-from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]  # no types are shipped
 
 from spa.blocks import blocks
 from spa.errors import ModelError, OutputError, SpaError, UnsupportedModelError, UsageError
@@ -361,6 +361,6 @@ def restore(graph: Graph, model: ir.Model) -> ir.Model | onnx.ModelProto | gs.Gr
 
     try:
         return onnx_graphsurgeon.import_onnx(proto)
-    except Exception as error:
+    except Exception as error:  # the library raises anything
         cause = root_cause(error)
         raise OutputError(f"onnx-graphsurgeon cannot hold the model ({cause}); save it to a file.") from error

@@ -54,12 +54,12 @@ def infer(proto: onnx.ModelProto, label: str | None) -> None:
     _undeclare(bare.graph)
     try:
         typed = onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True, data_prop=True)
-    except Exception:
+    except Exception:  # some of onnx's errors are plain Exceptions
         if label is not None and (contradiction := _contradiction(bare)):
             raise ModelError(f"{label}: {contradiction}; export the model again.") from None
         try:
             typed = onnx.shape_inference.infer_shapes(bare, data_prop=True)
-        except Exception:
+        except Exception:  # as above; then types stay unknown
             return
     _take_types(proto.graph, typed.graph, label)
 
@@ -83,7 +83,7 @@ def _contradiction(bare: onnx.ModelProto) -> str | None:
     """What ONNX Runtime would reject, too: an operator's own complaint, not one about an unknown input."""
     try:
         onnx.shape_inference.infer_shapes(bare, check_type=True, strict_mode=True)
-    except Exception as error:
+    except Exception as error:  # as above
         for op, node, complaint in re.findall(r"\(op_type:(\w+)(?:, node name: (.*?))?\): (.*)", str(error)):
             # "Inference error(s)" are those of an operator's function body, which runtimes need not use
             if "instead is null" not in complaint and "Inference error(s)" not in complaint:

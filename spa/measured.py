@@ -14,10 +14,11 @@ from spa.calibration import Calibration
 from spa.calibration.data import plural
 from spa.consumers import Tap, taps
 from spa.errors import UsageError
-from spa.executors.collect import Profile, Progress, Setup, covariances, profiles
+from spa.executors.collect import Profile, Setup, covariances, profiles
 from spa.groups import Analysis, Group
 from spa.least_squares import Consumer, damped
 from spa.moments import Joint
+from spa.progress import Progress, silent
 from spa.sites import Site, find_sites
 
 FEWEST = 8
@@ -33,11 +34,11 @@ class Measured:
     data: Calibration
     setup: Setup = field(default_factory=Setup)
     cache: Cache = field(default_factory=Cache)
-    progress: Progress | None = None
+    progress: Progress = silent
     problems: dict[str, list[Consumer]] = field(default_factory=dict)
     """What a criterion made of the moments, by group."""
     _profiles: dict[tuple[str, int], Profile] = field(default_factory=dict)
-    _inverses: dict[tuple[str, int, float], NDArray[np.float64]] = field(default_factory=dict)
+    _inverses: dict[tuple[tuple[object, ...], int, float], NDArray[np.float64]] = field(default_factory=dict)
     _joints: dict[str, Joint] = field(default_factory=dict)
 
     @cached_property
@@ -87,7 +88,7 @@ class Measured:
 
     def inverse(self, site: Site, group: int, damping: float) -> NDArray[np.float64]:
         """(Cov(x) + ridge)^-1 of one group of a site, [k c, k c]; kept for the next time."""
-        key = (site.name, group, damping)
+        key = (site.reading, group, damping)
         if key not in self._inverses:
             self._inverses[key] = np.asarray(np.linalg.inv(damped(self.joint(site).covariance[group], damping)))
         return self._inverses[key]
@@ -97,6 +98,9 @@ class Measured:
         missing = [site for site in sites if site.name not in self._joints]
         if not missing:
             return
+        leaders: dict[tuple[object, ...], str] = {}
+        for site in missing:
+            leaders.setdefault(site.reading, site.name)
         names = [site.name for site in missing]
         parts = self.cache.get("moments", self.data.digest, names)
         if parts is None:
@@ -104,15 +108,19 @@ class Measured:
             for site in missing:
                 enough(site, got[site.name], self.data)
             parts = {}
-            for k, name in enumerate(names):
+            for k, name in enumerate(leaders.values()):
                 joint = got[name]
                 parts |= {f"{k}.rows": np.array(joint.rows), f"{k}.mean": joint.mean_x, f"{k}.xx": joint.xx}
             self.cache.put("moments", self.data.digest, names, parts)
-        for k, site in enumerate(missing):
+        joints = {}
+        for k, reading in enumerate(leaders):
             mean, xx = parts[f"{k}.mean"], parts[f"{k}.xx"]
-            none = np.zeros((site.groups, 0))
-            cross = np.zeros((site.groups, 0, xx.shape[1]))
-            self._joints[site.name] = Joint(int(parts[f"{k}.rows"]), mean, none, xx, cross, none)
+            none = np.zeros((len(mean), 0))
+            joints[reading] = Joint(
+                int(parts[f"{k}.rows"]), mean, none, xx, np.zeros((len(mean), 0, xx.shape[1])), none
+            )
+        for site in missing:
+            self._joints[site.name] = joints[site.reading]
 
 
 def enough(site: Site, joint: Joint, data: Calibration) -> None:

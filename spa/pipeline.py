@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,16 +30,16 @@ from spa.methods import Compensation, Recalibration, resolve
 from spa.options import Scope, check_choices, check_output, parse_memory, parse_min_keep
 from spa.plan import GroupRecord, Plan
 from spa.plan import read as read_plan
+from spa.progress import Progress, silent
 from spa.removal import Mask, kept_by, kept_without, removals
 from spa.rewrite import rewritten
 from spa.runtime import Provider
 from spa.signature import inputs_of
 from spa.store import publish, save
 from spa.study import Fit, Query, Removed, Study, best_of
-from spa.verify import Verification, compare, masked, require, zeroed
+from spa.verify import Verification, compare, masked, require, same_structure, zeroed
 from spa.version import __version__
 
-Progress = Callable[[str], None]
 STAGES = ("load", "analyze", "calibrate", "compare", "score", "plan", "rewrite", "verify", "compensate", "save")
 
 
@@ -95,16 +95,16 @@ class Result:
 
 @dataclass
 class _Clock:
-    progress: Progress | None
+    progress: Progress
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        if self.progress is not None:
-            self.progress(name)
+        self.progress(name, 0, 1)
         start = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - start
+        self.progress(name, 1, 1)
 
 
 def analyze(source: Source | Graph, *, dims: Mapping[str, int] | None = None) -> Analysis:
@@ -160,7 +160,7 @@ def prune(
     dims: Mapping[str, int] | None = None,
     inputs: str | os.PathLike[str] | None = None,
     check: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Result:
     """Prune a model until it meets every target, prove that the surgery is exact, compensate, and write it.
 
@@ -196,7 +196,8 @@ def prune(
         dims: sizes of symbolic axes by name, for costs and verification.
         inputs: `.npz` with one array per graph input, for verification instead of synthetic inputs.
         check: verify before anything is written.
-        progress: called with the name of each stage.
+        progress: called with (stage, done, total) while it runs, see `spa.progress`: stages of `Report.seconds`, and
+            inside them `collect` (samples), `weigh` (trials of groups), `refit` and `norms` (layers).
 
     Raises:
         UsageError: an option is wrong, or samples do not fit the model.
@@ -245,7 +246,7 @@ def prune(
             )
     store = Cache(None if cache is None else Path(cache), graph.sha256)
     query = Query(analysis, targets, scope, tuple(kinds), tuple(ignore), align, keep)
-    studies = [Study(query, m, seed, data, setup, store) for m in chosen]
+    studies = [Study(query, m, seed, data, setup, store, clock.progress) for m in chosen]
     if len(studies) > 1:
         with clock.stage("compare"):
             studies = [best_of(studies)]
@@ -290,7 +291,7 @@ def apply(
     dims: Mapping[str, int] | None = None,
     inputs: str | os.PathLike[str] | None = None,
     check: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Result:
     """Cut a model as a plan says: the same bytes on any machine.
 
@@ -323,6 +324,10 @@ def verify(
 ) -> Verification:
     """Compare a pruned model with the reference that its plan defines on the original.
 
+    A plan does not hold weights. Where its settings say that they were changed after the cut, a model that differs from
+    the reference has passed (`Verification.compensated`) if it has the structure of the cut, and finite outputs of the
+    right shapes: the numbers in its weights are not checked.
+
     Raises:
         PlanError: the plan is malformed or belongs to another model.
         ModelError: one of the models cannot be read.
@@ -333,8 +338,12 @@ def verify(
     _check_model(graph, plan, label)
     analysis = analyze(graph, dims=dims)
     kept = kept_by(analysis, plan, label)
-    job = _Job(graph, analysis, plan, kept, _Clock(None), None, dims, inputs, seed, True, "auto")
-    return _compare(job, load(pruned).model)
+    job = _Job(graph, analysis, plan, kept, _Clock(silent), None, dims, inputs, seed, True, "auto")
+    model = load(pruned).model
+    found = _compare(job, model)
+    if found.passed or not plan.compensated or not same_structure(rewritten(analysis, kept).model, model):
+        return found
+    return replace(found, compensated=True)
 
 
 def _check_model(graph: Graph, plan: Plan, label: str) -> None:

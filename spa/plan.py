@@ -63,6 +63,12 @@ class Plan:
     producer: str = ""
     version: int = VERSION
 
+    @property
+    def compensated(self) -> bool:
+        """Whether weights were changed after the cut, as the settings have it."""
+        changes = (self.settings.get(key, "none") for key in ("compensate", "recalibrate"))
+        return self.settings.get("calibration") is not None and any(change != "none" for change in changes)
+
     def to_json(self) -> str:
         """The plan as JSON text, stable for equal plans."""
         body = asdict(self)

@@ -22,13 +22,11 @@ from spa.rules import Edit, Remap
 from spa.symbols import Size, coefficient, is_static
 
 
-def rewrite(analysis: Analysis, kept: Mask) -> ir.Model:
-    """A new model in which the positions outside `kept` are gone; the analysed model is not touched."""
-    return rewritten(analysis, kept).model
-
-
 def rewritten(analysis: Analysis, kept: Mask) -> Twin:
-    """As `rewrite`, with the map from the analysed model's nodes and values to those of the new one."""
+    """A new model in which the positions outside `kept` are gone; the analysed model is not touched.
+
+    It comes with the map from the analysed model's nodes and values to its own.
+    """
     return _Rewriter(analysis, kept).run()
 
 
@@ -291,7 +289,7 @@ class _Rewriter:
         start = 0
         for original, piece in zip(producer.inputs, twin.inputs, strict=True):
             shape = self.coupling.shapes.shape(original) if original is not None else None
-            width = int(shape[0]) if shape is not None and is_static(shape[0]) else 1  # type: ignore[arg-type]
+            width = int(shape[0]) if shape is not None and is_static(shape[0]) else 1
             inside = {k - start: sizes for k, sizes in entries.items() if start <= k < start + width}
             assert original is not None
             assert piece is not None

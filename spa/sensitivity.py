@@ -8,7 +8,7 @@ SPDY's layer sensitivities, arXiv 2201.13096; measured instead of searched).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from spa.executors.front import Front
 from spa.executors.segments import Segments, placed
 from spa.groups import Analysis, Group
 from spa.measured import Measured
+from spa.progress import Progress, silent
 from spa.removal import kept_without
 from spa.rewrite import rewritten
 from spa.runtime import fetch
@@ -37,7 +38,7 @@ def curves(
     groups: Sequence[Group],
     scores: Mapping[str, Vector],
     measured: Measured,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Vector]:
     """Per group the estimated output error after its k least important units have left, [units + 1].
 
@@ -46,19 +47,19 @@ def curves(
         groups: groups to try.
         scores: losses per unit, any scale per group.
         measured: statistics, for the refit of the consumers.
-        progress: called with the share done.
+        progress: told how many groups have been tried (`weigh`).
     """
     request = [[g.name, g.units, _digest(scores[g.name])] for g in groups]
     known = measured.cache.get("sensitivity", measured.data.digest, [request, SHARES, SAMPLES])
     if known is None:
         errors = {str(k): np.zeros(len(SHARES)) for k in range(len(groups))}
         trials = Trials(analysis, few(measured.data, SAMPLES), measured)
-        order = sorted(range(len(groups)), key=lambda k: trials.start(groups[k]))
-        for done, k in enumerate(order):
-            group = groups[k]
-            errors[str(k)] = np.array([trials.error(group, lowest(scores[group.name], share)) for share in SHARES])
-            if progress is not None:
-                progress((done + 1) / len(groups))
+        progress("weigh", 0, len(groups))
+        order = sorted((trials.start(group), k) for k, group in enumerate(groups))
+        for done, (start, k) in enumerate(order):
+            leaving = [lowest(scores[groups[k].name], share) for share in SHARES]
+            errors[str(k)] = np.array([trials.error(groups[k], units, start) for units in leaving])
+            progress("weigh", done + 1, len(groups))
         known = errors
         measured.cache.put("sensitivity", measured.data.digest, [request, SHARES, SAMPLES], errors)
     return {g.name: _curve(scores[g.name], known[str(k)]) for k, g in enumerate(groups)}
@@ -100,17 +101,19 @@ class Trials:
         found = [self.parts.producer[v.name] for v in changed if v.name in self.parts.producer]
         return min(found, default=0)
 
-    def error(self, group: Group, units: NDArray[np.int64]) -> float:
-        """Of the outputs, when these units leave and their consumers are refit; groups must come in order."""
+    def error(self, group: Group, units: NDArray[np.int64], start: int) -> float:
+        """Of the outputs, when these units leave and their consumers are refit.
+
+        `start` is that of the group; groups must come in the order of it.
+        """
         measured = self.measured
         removed = [(group, units.tolist())]
         twin = rewritten(self.analysis, kept_without(self.analysis, removed))
         refit_readers(twin, measured, removed)
-        at = self.start(group)
-        window = self.front.at(at, self.parts.inputs)
+        window = self.front.at(start, self.parts.inputs)
         parts = Segments.of(twin.model, measured.setup.provider, measured.setup.threads)
         names = floats(parts)
-        run = parts.runner(names, [*self.parts.live(at), *self.parts.inputs], optimize=True)
+        run = parts.runner(names, [*self.parts.live(start), *self.parts.inputs], optimize=True)
         return divergence(
             self.reference, [fetch(out[n]).astype(np.float64) for v in window for out in (run(v),) for n in names]
         )

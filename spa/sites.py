@@ -8,8 +8,9 @@ matrices only. One line per operator in `_LAYOUTS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -58,6 +59,13 @@ class Site:
         """y, before a bias that the next node adds."""
         return self.node.outputs[0]
 
+    @cached_property
+    def reading(self) -> tuple[object, ...]:
+        """What it reads, and how; sites with the same have the same inputs x."""
+        geometry = (_attr(self.node, name, None) for name in _GEOMETRY) if self.kernel else ()
+        how = (tuple(v) if isinstance(v, Sequence) else v for v in geometry)
+        return self.data.name, self.layout, self.groups, self.channels, self.kernel, *how
+
     @property
     def taps(self) -> int:
         """Positions of the kernel, k."""
@@ -104,6 +112,7 @@ class Site:
         return np.asarray(w.transpose(0, 3, 1, 2).reshape(g * c, m, *self.kernel))
 
 
+_GEOMETRY = ("strides", "pads", "dilations", "auto_pad", "output_padding", "output_shape")
 _Read = Callable[[ir.Node, tuple[int, ...]], dict[str, Any] | None]
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
+from google.protobuf.message import EncodeError  # type: ignore[import-untyped]  # no types are shipped
 
 from spa.blocks import Blocked, blocks
 from spa.errors import OutputError

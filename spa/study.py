@@ -27,12 +27,12 @@ from spa.least_squares import swapped
 from spa.measured import Measured
 from spa.methods import Method
 from spa.options import Scope, choose
+from spa.progress import Progress, silent
 from spa.removal import Mask, kept_without
 from spa.rewrite import Twin, rewritten
 from spa.sensitivity import curves, divergence, few, outputs
 from spa.sites import constant_of, exchange
 
-Progress = Callable[[float], None]
 SAMPLES = 256
 """On which the outputs of the pruned model are compared with the original's."""
 
@@ -94,7 +94,7 @@ class Study:
         data: Calibration | None = None,
         setup: Setup | None = None,
         cache: Cache | None = None,
-        progress: Progress | None = None,
+        progress: Progress = silent,
     ) -> None:
         self.query, self.method, self.seed, self.data = query, method, seed, data
         self.analysis = query.analysis

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from math import gcd
-from typing import TypeAlias, Union
+from typing import TypeAlias, TypeGuard, Union
 
 __all__ = [
     "Size",
@@ -177,7 +177,7 @@ def _free(atom: _Atom) -> frozenset[str]:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def is_static(size: Size) -> bool:
+def is_static(size: Size) -> TypeGuard[int]:
     """Whether the size is a plain number."""
     return isinstance(size, int)
 

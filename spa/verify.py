@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -58,11 +60,14 @@ class Verification:
     """Relative error that would still be accepted."""
     outputs: int
     """Outputs compared."""
+    compensated: bool = False
+    """The model is the cut up to weights that were changed after it (`spa.verify`): the error says how far that moved
+    the outputs, and is only required to be finite."""
 
     @property
     def passed(self) -> bool:
-        """Whether the error is within the tolerance."""
-        return self.max_rel_error <= self.tolerance
+        """Whether the error is within the tolerance; of a compensated model, whether it is finite."""
+        return self.max_rel_error <= (sys.float_info.max if self.compensated else self.tolerance)
 
 
 def zeroed(model: ir.Model, removed: Sequence[Removal]) -> ir.Model:
@@ -367,6 +372,39 @@ def measure(reference: Feeds, pruned: Feeds, exact: bool, tolerance: float = TOL
         absolute = max(absolute, error)
         relative = max(relative, error / scale if scale else error)
     return Verification(exact, absolute, relative, tolerance, len(reference))
+
+
+def same_structure(cut: ir.Model, pruned: ir.Model) -> bool:
+    """Whether `pruned` is `cut` up to the numbers in floating-point weights, and biases that were added.
+
+    Inputs, outputs and operators must be the same, and tensors of the same name must have the same type and shape;
+    those that are not floating-point (indices, sizes) also the same numbers.
+    """
+    if _surface(cut) != _surface(pruned):
+        return False
+    here, there = (Counter((n.domain, n.op_type) for n in m.graph.all_nodes()) for m in (cut, pruned))
+    if here - there or set(there - here) - {("", "Add")}:
+        return False
+    wanted, found = _constants(cut), _constants(pruned)
+    return all(_alike(tensor, found[name]) for name, tensor in wanted.items() if name in found)
+
+
+def _surface(model: ir.Model) -> list[list[str | None]]:
+    graph = model.graph
+    fed = [v.name for v in graph.inputs if v.name not in graph.initializers]
+    return [fed, [v.name for v in graph.outputs]]
+
+
+def _constants(model: ir.Model) -> dict[str | None, ir.TensorProtocol]:
+    found = {v.name: v.const_value for graph in model.graphs() for v in graph.initializers.values()}
+    found |= {node.outputs[0].name: tensor_of(node) for node in model.graph.all_nodes() if node.op_type == "Constant"}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def _alike(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.dtype.is_floating_point() or np.array_equal(a.numpy(), b.numpy())
 
 
 def require(verification: Verification, name: str) -> None:

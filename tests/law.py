@@ -19,7 +19,7 @@ from spa import exactness
 from spa.errors import RuntimeFailure
 from spa.groups import Analysis, analyze_model
 from spa.removal import changed_leaves
-from spa.rewrite import rewrite
+from spa.rewrite import rewritten
 from spa.rules import Flow, Op, Rule
 from spa.verify import masked
 from tests.subject import (
@@ -173,7 +173,7 @@ class Law:
 
     def small(self, kept: Mask) -> dict[str, Array]:
         """Outputs of the pruned model on restricted inputs."""
-        model = rewrite(self.analysis, kept)
+        model = rewritten(self.analysis, kept).model
         arrays = {name: self._cut(name, array, kept) for name, array in self.subject.arrays.items()}
         feeds = self.subject.feeds(arrays)
         for value in model.graph.inputs:

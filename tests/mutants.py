@@ -121,7 +121,7 @@ def _watched(mutant: Mutant | None, sites: set[Site], texts: dict[Text, None]) -
             return bind(self, op)
         return bind(mutant.change(self, op) if mutant.change else self, _loosened(op, self, mutant.loose))
 
-    Einsum.bind = bound  # type: ignore[method-assign]
+    Einsum.bind = bound  # type: ignore[method-assign]  # put back below
     try:
         yield
     finally:
@@ -327,7 +327,7 @@ def _kill(rule: Rule, mutant: Mutant, cases: Sequence[Case], sound: Sequence[Any
                     verdicts.append("expectation")
             except LawBroken:
                 return "law"
-            except Exception:
+            except Exception:  # whatever a wrong rule leads to
                 verdicts.append("crash")
     if verdicts:
         return min(verdicts)

@@ -228,7 +228,7 @@ class FusedGemm(OpRun):
 
     op_domain = "com.microsoft"
 
-    def _run(self, a: Array, b: Array, c: Array | float = 0.0, transB: int = 0, **_: Any) -> tuple[Array]:  # noqa: N803
+    def _run(self, a: Array, b: Array, c: Array | float = 0.0, transB: int = 0, **_: Any) -> tuple[Array]:  # noqa: N803  # the attribute's name
         return (np.maximum(a @ (b.T if transB else b) + c, 0),)
 
 

@@ -22,7 +22,7 @@ needs_data = pytest.mark.skipif(not HERE, reason=f"no trained networks in {data.
 
 
 def row(tool: str, method: str, value: float | None, seed: int = 0, target: str = "macs=0.5", **more: object) -> Row:
-    return Row("cifar", "net_x", "jpeg", tool, method, target, seed, 90.0, value, 0.5, 10, **more)  # type: ignore[arg-type]
+    return Row("cifar", "net_x", "jpeg", tool, method, target, seed, 90.0, value, 0.5, 10, **more)  # type: ignore[arg-type]  # fields of several types
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

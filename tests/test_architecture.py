@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
+    {"errors", "progress", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
     {"axes", "cache", "inference", "runtime", "signature"},
     {"external", "feeds", "footprint"},
     {"store", "bench", "calibration"},

@@ -97,7 +97,7 @@ def test_other_data_and_other_models_are_measured_anew(tmp_path: Path, passes: C
         {"data": {"x": DATA["x"][:60]}},
         {"source": model(2.0)},
     )):  # fmt: skip
-        pruned(tmp_path, method="ob2c", **more)  # type: ignore[arg-type]
+        pruned(tmp_path, method="ob2c", **more)  # type: ignore[arg-type]  # options of several types
         assert passes["covariances"] == k + 2
     pruned(tmp_path, method="ob2c", batch=7)  # no matter
     assert passes["covariances"] == 4

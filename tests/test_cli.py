@@ -116,7 +116,7 @@ def test_importing_spa_is_cheap() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
-        spa.nonsense  # noqa: B018
+        spa.nonsense  # noqa: B018  # reading it is the test
 
 
 # -- inspect and explain -----------------------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_the_fixed_names() -> None:
     """Others script against these."""
     from typer.main import get_command
 
-    commands = get_command(app).commands  # type: ignore[attr-defined]
+    commands = get_command(app).commands  # type: ignore[attr-defined]  # it is a group
     assert list(commands) == ["inspect", "explain", "prune", "apply", "verify", "bench", "rules", "methods"]
     options = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
     assert all("--json" in found for found in options.values())

@@ -21,7 +21,7 @@ from spa.graph import load
 from spa.groups import Analysis, Group
 from spa.measured import Measured
 from spa.removal import kept_without
-from spa.rewrite import rewrite
+from spa.rewrite import rewritten
 from spa.runtime import fetch
 from spa.sites import find_sites
 from spa.store import to_proto
@@ -172,18 +172,22 @@ def test_covariances_do_not_depend_on_batches_or_memory(name: str) -> None:
     graph = load(model).model
     sites, data = find_sites(graph), samples(model, 8)
     whole = covariances(graph, sites, data, Setup(16))
-    seen: list[float] = []
+    seen: list[tuple[str, int, int]] = []
     for setup in (Setup(3), Setup(16, memory=1)):
-        other = covariances(graph, sites, data, setup, seen.append)
+        seen.clear()
+        other = covariances(graph, sites, data, setup, lambda *told: seen.append(told))
         for site in sites:
             one, two = whole[site.name], other[site.name]
             assert one.rows == two.rows
             scale = np.abs(one.covariance).max()
             np.testing.assert_allclose(two.covariance, one.covariance, rtol=1e-4, atol=1e-5 * scale)
             np.testing.assert_allclose(two.mean_x, one.mean_x, rtol=1e-4, atol=1e-5 * np.sqrt(scale))
-    assert seen
-    assert max(seen) <= 1
-    assert min(seen) > 0
+        passes, rest = divmod(len(seen) - 1, len(list(data.batches(setup.batch))))
+        total = passes * data.samples
+        assert not rest
+        assert seen[0] == ("collect", 0, total)
+        assert seen[-1] == ("collect", total, total)
+        assert seen == sorted(seen)
 
 
 # -- taps --------------------------------------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ def test_zeros_at_the_taps_are_a_removal(name: str) -> None:
             continue
         units = list(range(0, group.units - 1, 2))
         outputs = [o.name for o in model.graph.output]
-        small = to_proto(rewrite(analysis, kept_without(analysis, [(group, units)])))
+        small = to_proto(rewritten(analysis, kept_without(analysis, [(group, units)])).model)
         got = activations(_zeroed_taps(analysis, group, mine, units), data, outputs)
         want = activations(small, data, outputs)
         for o in outputs:

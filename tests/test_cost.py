@@ -11,7 +11,7 @@ import spa
 from spa.cost import METRICS, default_dims
 from spa.groups import Analysis
 from spa.removal import Mask, kept_without
-from spa.rewrite import rewrite
+from spa.rewrite import rewritten
 from tests import outside
 from tests.models import BUILT
 from tests.net import feeds, sizes
@@ -41,7 +41,7 @@ def test_polynomials_equal_counts(name: str) -> None:
         counts = [n if isinstance(n, int) else full for n, full in
                   zip(analysis.coupling.solution.counts(kept), analysis.cost.full, strict=True)]  # fmt: skip
         expected = analysis.cost.totals(counts)
-        pruned = ir.to_proto(rewrite(analysis, kept))
+        pruned = ir.to_proto(rewritten(analysis, kept).model)
         found = outside.parameters(pruned)
         assert found == expected["parameters"] or (BUILT[name].written_down and found < expected["parameters"])
         macs = outside.macs(pruned, inputs)
@@ -78,7 +78,7 @@ def test_what_a_unit_saves(name: str) -> None:
     assert full == analysis.macs
     assert outside.parameters(model) == analysis.parameters
     for group in analysis.groups:
-        pruned = ir.to_proto(rewrite(analysis, kept_without(analysis, [(group, [0])])))
+        pruned = ir.to_proto(rewritten(analysis, kept_without(analysis, [(group, [0])])).model)
         macs = outside.macs(pruned, inputs)
         assert full is not None
         assert macs is not None

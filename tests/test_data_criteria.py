@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 import spa
 from spa.calibration import Calibration
-from spa.criteria import CRITERIA
+from spa.criteria import CRITERIA, Aggregation
 from spa.criteria.feature_moment import denoised_diagonal
 from spa.criteria.obspa import consumers
 from spa.errors import UsageError
@@ -122,11 +122,11 @@ def reads_of(model: str, group: str) -> list[Read]:
     return (CNN if model == "residual_cnn" else VIT)[group]
 
 
-def scored(model: str, group: str, criterion: str, batch: int = 32, how: str = "mean") -> Array:
+def scored(model: str, group: str, criterion: str, batch: int = 32, how: Aggregation = "mean") -> Array:
     mine = known(model)
     found = mine.analysis.group(group)
     assert found is not None
-    return CRITERIA[criterion].score(found, evidence(model, batch), how)  # type: ignore[arg-type]
+    return CRITERIA[criterion].score(found, evidence(model, batch), how)
 
 
 # -- statistics of activations -----------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_sources_of_every_kind_agree_and_are_not_changed(tmp_path: Path) -> None
 
 def test_refuses_other_kinds_of_source() -> None:
     with pytest.raises(errors.UsageError, match="int"):
-        load(3)  # type: ignore[arg-type]
+        load(3)  # type: ignore[arg-type]  # that is the test
 
 
 def test_sorts_unsorted_graphs_even_when_only_a_subgraph_reads_ahead() -> None:
@@ -423,7 +423,7 @@ def test_truncation_and_flipped_bytes_never_escape_as_other_errors(tmp_path: Pat
         try:
             load(path)
         except errors.ModelError as error:
-            assert "\n" not in str(error)  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017  # it need not raise
 
 
 def test_broken_text_attributes_are_model_errors() -> None:

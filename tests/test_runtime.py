@@ -100,7 +100,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(UsageError, match="threads"):
         runtime.open_session(double(), threads=-1)
     with pytest.raises(UsageError, match="provider"):
-        runtime.open_session(double(), provider="tpu")  # type: ignore[arg-type]
+        runtime.open_session(double(), provider="tpu")  # type: ignore[arg-type]  # that is the test
 
 
 def test_cuda_that_is_missing_is_an_error_and_auto_falls_back(

@@ -170,7 +170,10 @@ def test_matrix_times_patches_is_the_operator(name: str) -> None:
 def test_random_convolutions(data: st.DataObject) -> None:
     """Any kernel, stride, dilation, pads and groups, plain and transposed, in one to three dimensions."""
     rank = data.draw(st.integers(1, 3))
-    few = lambda low, high: [data.draw(st.integers(low, high)) for _ in range(rank)]  # noqa: E731
+
+    def few(low: int, high: int) -> list[int]:
+        return [data.draw(st.integers(low, high)) for _ in range(rank)]
+
     kernel, strides, dilations, group = few(1, 3), few(1, 3), few(1, 2), data.draw(st.integers(1, 3))
     spans = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
     attributes: dict[str, Any] = {"strides": strides, "dilations": dilations, "group": group}
@@ -257,7 +260,7 @@ def test_measured_moments(name: str, samples: int) -> None:
     plain = Meter(site, samples)
     for batch in batches:
         plain.add(place(batch))
-    total = plain.total
+    total = plain.moments()
     assert total is not None
     assert total.rows == len(rows)
     cov, _, _ = reference(rows)
@@ -278,13 +281,14 @@ def test_measured_moments(name: str, samples: int) -> None:
         start += len(batch)
     targets = outputs(site, wide, at)[:, select]
     cov, cross, variance = reference(rows, targets, site.groups)
-    assert meter.total is not None
+    total = meter.moments()
+    assert total is not None
     assert cross is not None
     assert variance is not None
-    close(meter.total.covariance, cov)
-    close(meter.total.cross, cross)
-    close(meter.total.variance_t, variance)
-    close(meter.total.mean_t, targets.mean(0).reshape(site.groups, -1))
+    close(total.covariance, cov)
+    close(total.cross, cross)
+    close(total.variance_t, variance)
+    close(total.mean_t, targets.mean(0).reshape(site.groups, -1))
 
 
 def test_measured_with_a_residual_branch() -> None:
@@ -309,11 +313,12 @@ def test_measured_with_a_residual_branch() -> None:
         flat = [outputs(site, a, at) for a in (wide, plus, minus)]
         targets = flat[0][:, select] + (flat[1][:, select] - flat[2]) / scale
         _, cross, variance = reference(patches(site, x, at), targets, site.groups)
-        assert meter.total is not None
+        total = meter.moments()
+        assert total is not None
         assert cross is not None
         assert variance is not None
-        close(meter.total.cross, cross)
-        close(meter.total.variance_t, variance)
+        close(total.cross, cross)
+        close(total.variance_t, variance)
 
 
 @pytest.mark.parametrize("name", ["conv groups", "matmul", "gemm", "matmul on images"])
@@ -330,18 +335,41 @@ def test_halves(name: str) -> None:
         halves.split(one, two)
         plain.add(one, two)
     at = chosen_positions(site, x, 9)
-    for k, half in enumerate(halves.join()):
+    total, parts = halves.join()
+    for k, half in enumerate(parts):
         assert half is not None
         cov, cross, _ = reference(patches(site, x[k::2], at), outputs(site, y[k::2], at), site.groups)
         assert cross is not None
         close(half.covariance, cov)
         close(half.cross, cross)
-    assert halves.moments.rows == plain.moments.rows
-    close(halves.moments.covariance, plain.moments.covariance)
-    close(halves.moments.cross, plain.moments.cross)
+    whole = plain.moments()
+    assert whole is not None
+    assert total.rows == whole.rows
+    close(total.covariance, whole.covariance)
+    close(total.cross, whole.cross)
     single = Meter(site, 1, width=width)
     single.split(place(x[:1]), {"t": place(y[:1])})
-    assert single.join()[1] is None
+    assert single.join()[1][1] is None
+
+
+def test_wide_inputs_in_many_batches() -> None:
+    """Rows are held until they are worth a Gram matrix, which is then computed in tiles."""
+    net = Net()
+    net.named(net("MatMul", net.input("x", "n", 50, 1030), net.weight("w", 1030, 3)), "y")
+    site = site_of(net.model(y=("n", 50, 3)))
+    rng = np.random.default_rng(0)
+    x = rng.normal(rng.normal(size=1030), 1, (46, 50, 1030)).astype(np.float32)
+    t = rng.normal(size=(46, 50, 3)).astype(np.float32)
+    meter = Meter(site, 1, width=3)
+    for start, stop in ((0, 1), (1, 4), (4, 30), (30, 31), (31, 46)):
+        meter.add(place(x[start:stop]), {"t": place(t[start:stop])})
+    cov, cross, _ = reference(x.reshape(-1, 1, 1030).astype(np.float64), t.reshape(-1, 3))
+    total = meter.moments()
+    assert total is not None
+    assert total.rows == 2300
+    assert cross is not None
+    close(total.covariance, cov)
+    close(total.cross, cross)
 
 
 def test_half_precision_is_widened_first() -> None:
@@ -353,10 +381,11 @@ def test_half_precision_is_widened_first() -> None:
     meter = Meter(site, 1, width=4, dtypes=(ir.DataType.FLOAT16, ir.DataType.FLOAT))
     meter.add(place(x), {"t": place(t)})
     cov, cross, _ = reference(x.reshape(-1, 1, 6).astype(np.float64), t.reshape(-1, 4))
-    assert meter.total is not None
+    total = meter.moments()
+    assert total is not None
     assert cross is not None
-    close(meter.total.covariance, cov)
-    close(meter.total.cross, cross)
+    close(total.covariance, cov)
+    close(total.cross, cross)
 
 
 # -- activations behind a site -----------------------------------------------------------------------------------------
@@ -385,7 +414,10 @@ def test_bent_targets(name: str, skip: bool, low: float, high: float) -> None:
     flat = [outputs(site, a).astype(np.float64) for a in (t, plus, minus)]
     wanted = flat[0] + (flat[1] - flat[2]) / scale if skip else flat[0]
     rest = shift + (flat[2] if skip else 0.0)
-    clip = lambda z: np.clip(z, low, high)  # noqa: E731
+
+    def clip(z: Array) -> Array:
+        return np.clip(z, low, high)
+
     behind = clip(scale * wanted + rest)
 
     def out(weight: Array, offset: Array) -> Array:
@@ -415,7 +447,7 @@ def test_bent_targets(name: str, skip: bool, low: float, high: float) -> None:
         }  # fmt: skip
         given |= {"plus": plus, "minus": minus} if skip else {}
         meter.add(place(x), {k: place(np.asarray(v, dtype=np.float32)) for k, v in given.items()})
-        moments: Joint | None = meter.total
+        moments: Joint | None = meter.moments()
         _, cross, variance = reference(rows, bent, g)
         assert moments is not None
         assert cross is not None

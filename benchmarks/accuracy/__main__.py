@@ -23,7 +23,7 @@ from benchmarks.accuracy.data import ROOT, DataError
 from benchmarks.accuracy.report import tables
 from benchmarks.accuracy.rows import Row, comparisons
 from benchmarks.accuracy.suites import OURS_BY_SUITE, SUITES, Options
-from benchmarks.models import cache
+from benchmarks.paths import cache
 
 PACKAGES = ("spa-prune", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "torch", "torch-pruning")
 

@@ -26,7 +26,7 @@ def session(path: Path, threads: int = 1) -> Run:
         output: Array = s.run(None, feeds)[0]
         return output
 
-    run.input_name = s.get_inputs()[0].name  # type: ignore[attr-defined]
+    run.input_name = s.get_inputs()[0].name  # type: ignore[attr-defined]  # for those who make feeds
     return run
 
 

@@ -10,7 +10,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812  # its usual name
 
 TOLERANCE = 1e-4
 
@@ -143,7 +143,8 @@ def _convolution(a: dict[str, Any], weight: torch.Tensor, bias: torch.Tensor) ->
         weight.shape[1] * groups, weight.shape[0], tuple(a["kernel_shape"]), tuple(a["strides"]),
         (top, left) if (top, left) == (bottom, right) else 0, groups=groups,
     )  # fmt: skip
-    layer.weight.data, layer.bias.data = weight, bias  # type: ignore[union-attr]
+    layer.weight.data = weight
+    layer.bias = nn.Parameter(bias)
     return layer
 
 

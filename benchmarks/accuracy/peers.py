@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F  # noqa: N812  # its usual name
 
 from benchmarks.accuracy.data import Images
 from benchmarks.accuracy.nets import Attention, Shortcut
@@ -211,7 +211,7 @@ def search(net: nn.Module, x: torch.Tensor, cut: Cut, grads: Gradients | None, k
         if ratio not in known:
             try:
                 known[ratio] = count_macs(pruned(net, x, cut, ratio, grads), x) / full
-            except Exception:  # whole layers gone: the network does not run any more
+            except Exception:  # whole layers gone: what torch then raises differs from operator to operator
                 known[ratio] = 0.0
         return known[ratio]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _ours(base: Row, path: Path, calibration: Mapping[str, Array], kinds: tuple[
         out = Path(folder) / "pruned.onnx"
         try:
             result: Any = spa.prune(path, target=base.target, output=out, seed=base.seed, kinds=kinds, **how)
-        except Exception as error:
+        except Exception as error:  # a method that fails is a row of the table, not the end of the run
             return replace(base, error=f"{type(error).__name__}: {error}")
         macs = result.report.macs
         return replace(base, value=score(out), reached=macs.after / macs.before)
@@ -111,8 +112,9 @@ class _Peer:
         if kind not in ("taylor", "hessian"):
             return None
         settings = {"gradients": kind, "model": data.sha256(self.path), **self._calibration()}
-        make = lambda: peers.gradients(self.build(self.path), self.calibration, kind)  # noqa: E731
-        return self.options.store.gradients(settings, make)
+        return self.options.store.gradients(
+            settings, lambda: peers.gradients(self.build(self.path), self.calibration, kind)
+        )
 
     def _calibration(self) -> dict[str, Any]:
         what = self.data if self.suite == "cifar" else HALF
@@ -287,11 +289,11 @@ def text(options: Options) -> Iterator[Row]:
         if name == MINILM:
             pairs = data.sts("test")
             what, count = "sts-b", len(pairs.score)
-            score: Score = lambda out, p=pairs: evaluate.similarity(out, p)  # noqa: E731
+            score: Score = partial(evaluate.similarity, pairs=pairs)
         else:
             ids = data.stories("eval")[: 64 if options.quick else None]
             what, count = "tinystories", len(ids)
-            score = lambda out, i=ids: evaluate.perplexity(out, i)  # noqa: E731
+            score = partial(evaluate.perplexity, ids=ids)
         dense = score(path)
         for seed in range(options.seeds if name == MINILM else 1):
             feeds = data.sentences(512, seed) if name == MINILM else {_first_input(path): data.stories("calib")}

@@ -79,7 +79,7 @@ def load_calibration(
     fixed_batch(specs)  # says so at once if there are no samples
     if kind == "stream":
         return load_stream(source, specs, bounds, samples=samples, seed=seed)
-    path = Path(str(source) if isinstance(source, str) else os.fspath(source))  # type: ignore[call-overload]
+    path = Path(str(source) if isinstance(source, str) else os.fspath(source))  # type: ignore[call-overload]  # `_kind` knows it
     if kind == "npz":
         return load_npz(path, specs, bounds, samples=samples, seed=seed, description=preprocess, sizes=sizes)
     if kind == "images":

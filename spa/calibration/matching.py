@@ -253,7 +253,7 @@ def _read(point: Vector, channels: int) -> tuple[Recipe, Vector, Vector]:
         shift=float(usual.shift * grow[2]),
         saturation=float(usual.saturation * grow[3]),
         texture=float(usual.texture * grow[4]),
-        mixture=tuple(float(share * g) for share, g in zip(usual.mixture, grow[5:9], strict=True)),  # type: ignore[arg-type]
+        mixture=tuple(float(share * g) for share, g in zip(usual.mixture, grow[5:9], strict=True)),  # type: ignore[arg-type]  # four, as before
     )
     return recipe, mean, std
 

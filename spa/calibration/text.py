@@ -185,7 +185,7 @@ def _tokenizer(path: str | os.PathLike[str]) -> Any:
         raise UsageError(f"tokenizer {os.fspath(path)} is no file: give the path of the model's tokenizer.json.")
     try:
         return module.Tokenizer.from_file(os.fspath(path))
-    except Exception as error:  # the library raises plain Exception
+    except Exception as error:  # the library raises nothing narrower
         raise UsageError(f"tokenizer {os.fspath(path)} is not a tokenizer.json of the library tokenizers.") from error
 
 

@@ -42,7 +42,7 @@ def bench(
     from spa.runtime import check_installation
 
     output.warn(check_installation())
-    with output.rounds("rounds") as progress:
+    with output.rounds("rounds", quiet=json) as progress:
         report = run(
             models,
             _names(models),

@@ -26,8 +26,8 @@ def explain(
     """Say why a tensor can or cannot be pruned, and what it is coupled with."""
     from spa.explain import explain as explain_tensor
 
-    with output.stages() as progress:
-        progress("analyze")
+    with output.stages(quiet=json) as progress:
+        progress("analyze", 0, 1)
         explanation = explain_tensor(model, tensor)
     if json:
         output.emit(explanation.to_json())

@@ -91,7 +91,7 @@ def _run(argv: list[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 1
     except BrokenPipeError:
         raise
-    except Exception as error:
+    except Exception as error:  # the last line of defence: a sentence and a status, not a traceback
         return _internal(error, argv, json)
     if status == INTERRUPTED:  # newer versions of typer
         return _fail("interrupted", "interrupted", INTERRUPTED, json)

@@ -19,8 +19,8 @@ def inspect(model: Model, dim: Dims = None, json: Json = False, verbose: Verbose
     from spa.explain import inspection
     from spa.pipeline import analyze
 
-    with output.stages() as progress:
-        progress("analyze")
+    with output.stages(quiet=json) as progress:
+        progress("analyze", 0, 1)
         analysis = analyze(model, dims=read_dims(dim))
     if json:
         output.emit(inspection(analysis))

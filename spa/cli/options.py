@@ -31,7 +31,7 @@ Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Seed 
 NoVerify: TypeAlias = Annotated[
     bool, typer.Option("--no-verify", help="Write without comparing the result with its reference.")
 ]
-Json: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, progress on stderr.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and no progress.")]
 Verbose: TypeAlias = Annotated[
     bool, typer.Option("--verbose", help="Whole tables, warnings of libraries, tracebacks of internal errors.")
 ]

@@ -11,18 +11,28 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
+
+from spa.progress import Progress, silent
 
 _PIPE_WIDTH = 160
 """Columns when nobody looks: names should not be broken for a program that reads them."""
 _DOING = {
     "load": "loading the model",
     "analyze": "finding what can be pruned",
+    "calibrate": "reading calibration samples",
+    "compare": "comparing methods",
     "score": "scoring",
+    "collect": "collecting statistics of samples",
+    "weigh": "weighing layers by trials",
     "plan": "choosing what leaves",
     "rewrite": "cutting",
     "verify": "verifying against the masked original",
+    "compensate": "compensating",
+    "refit": "refitting layers",
+    "norms": "estimating norms anew",
     "save": "writing",
 }
 
@@ -59,20 +69,29 @@ def warn(message: str | None) -> None:
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str], None]]:
-    """A callback that shows the name of each stage on stderr while it runs; nothing is shown where nobody looks."""
+def stages(*, quiet: bool) -> Iterator[Progress]:
+    """A callback that shows on stderr what is being done, and how far; nothing is shown if `quiet` or to a pipe."""
+    if quiet:
+        yield silent
+        return
     with console(stderr=True).status("starting") as status:
-        yield lambda stage: status.update(f"{_DOING.get(stage, stage)} ...")
+        yield lambda stage, done, total: status.update(doing(stage, done, total))
+
+
+def doing(stage: str, done: int, total: int) -> str:
+    """What is being done, in words, and how far it is."""
+    text = _DOING.get(stage, stage)
+    return f"{text}, {done} of {total} ..." if total > 1 else f"{text} ..."
 
 
 @contextmanager
-def rounds(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that shows a bar on stderr."""
+def rounds(text: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A callback (done, total) that shows a bar on stderr, unless `quiet` or to a pipe."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     shown = console(stderr=True)
-    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Bar(*columns, console=shown, transient=True, disable=quiet or not shown.is_terminal) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), title: str = "") -> Table:

@@ -147,7 +147,7 @@ def prune(
     check_output(model, out, inputs)
     if not no_verify:
         output.warn(check_installation())
-    with text_file(plan, model, out) as write, output.stages() as progress:
+    with text_file(plan, model, out) as write, output.stages(quiet=json) as progress:
         result = run(
             model,
             target=target,
@@ -202,7 +202,7 @@ def apply(
     from spa.pipeline import apply as run
 
     check_output(model, out, plan, inputs)
-    with output.stages() as progress:
+    with output.stages(quiet=json) as progress:
         result = run(
             model, plan, output=out, dims=read_dims(dim), inputs=inputs, check=not no_verify, progress=progress
         )
@@ -225,12 +225,13 @@ def verify(
     """Compare a pruned model with the reference that its plan defines on the original."""
     from spa.pipeline import verify as run
 
-    with output.stages() as progress:
-        progress("verify")
+    with output.stages(quiet=json) as progress:
+        progress("verify", 0, 1)
         found = run(model, pruned, plan, seed=seed, dims=read_dims(dim), inputs=inputs)
     body: dict[str, Any] = {**_verification(found), "passed": found.passed}
     if found.passed:
-        output.emit(body) if json else output.console().print(_proof(found), soft_wrap=True)
+        text = _changed(found, pruned, plan) if found.compensated else _proof(found)
+        output.emit(body) if json else output.console().print(text, soft_wrap=True)
         return
     message = (
         f"{pruned} differs from its reference by {found.max_rel_error:.3g} of the output's magnitude "
@@ -240,6 +241,14 @@ def verify(
     if json:
         output.emit({**body, "error": {"code": VerifyError.code, "message": message}})
     raise typer.Exit(VerifyError.exit_status)
+
+
+def _changed(found: Verification, pruned: Path, plan: Path) -> str:
+    return (
+        f"{pruned} has the structure that {plan} makes, and finite outputs; its weights were changed after the cut, "
+        "and the plan does not hold them, so that they cannot be checked: they move the outputs by up to "
+        f"{found.max_rel_error:.3g} of their magnitude"
+    )
 
 
 def _align(text: str) -> int | Literal["auto"]:

@@ -7,7 +7,6 @@ gives its output the original's mean and variance: y' = (y - m') s / s' + m, fol
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +21,11 @@ from spa.executors.collect import Profile, Setup
 from spa.executors.front import Front, Window
 from spa.executors.segments import Segments
 from spa.groups import Analysis
+from spa.progress import Progress, silent
 from spa.removal import Mask
 from spa.rewrite import Twin
 from spa.sites import constant_of, exchange
 
-Progress = Callable[[float], None]
 _LARGEST = 10.0
 """Factor by which a channel is scaled at most: a channel that has nearly died is not to be blown up."""
 
@@ -44,7 +43,7 @@ class _Point:
 
 
 def recalibrate(
-    analysis: Analysis, kept: Mask, twin: Twin, data: Calibration, setup: Setup, progress: Progress | None = None
+    analysis: Analysis, kept: Mask, twin: Twin, data: Calibration, setup: Setup, progress: Progress = silent
 ) -> int:
     """Estimate all statistics of the pruned model `twin` anew; returns how many places changed."""
     pairs = [p for p in pair_up(analysis, kept, twin) if p.pruned.layout != "tokens" and not _normed(p)]
@@ -61,6 +60,7 @@ def recalibrate(
     front = Front(after, data, setup.batch, setup.memory // 8)
     other = Front(before, data, setup.batch, setup.memory // 8, beside=front) if before is not None else None
     ordered = sorted(points, key=lambda p: p.position)
+    progress("norms", 0, len(ordered))
     for k, point in enumerate(ordered):
         # the cut stays before the node that is about to change
         at = point.position if point.pair is None else point.position - 1
@@ -72,8 +72,7 @@ def recalibrate(
             wanted = _moments(other.at(before.producer[name], [name]), name, before, setup)
             rows = point.pair.outputs
             _match(point.pair, point.bias, (mean, variance), (wanted[0][rows], wanted[1][rows]), after)
-        if progress is not None:
-            progress((k + 1) / len(ordered))
+        progress("norms", k + 1, len(ordered))
     return len(ordered)
 
 

@@ -7,8 +7,8 @@ residual connection follows, the target is what makes the *sum* right: the error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -25,38 +25,14 @@ from spa.executors.segments import Segments
 from spa.groups import Analysis
 from spa.least_squares import DAMPINGS, Refitter, transfer
 from spa.moments import Joint
+from spa.progress import Progress, silent
 from spa.removal import Mask
 from spa.rewrite import Twin
 from spa.runtime import Value, place
 from spa.sites import constant_of, exchange
 
-Progress = Callable[[float], None]
 LARGEST = 1024
 """Columns above which one half is used for fitting only, to save time."""
-
-
-@dataclass(frozen=True)
-class Refit:
-    """What the refit did to one site."""
-
-    site: str
-    before: float
-    """Relative squared error of its outputs with the weights it had."""
-    after: float
-    """... and with the new ones."""
-
-
-@dataclass
-class _Walk:
-    analysis: Analysis
-    kept: Mask
-    twin: Twin
-    data: Calibration
-    setup: Setup
-    damping: float | None
-    residual: bool
-    bends: int
-    found: list[Refit] = field(default_factory=list)
 
 
 def refit_sites(
@@ -69,8 +45,8 @@ def refit_sites(
     damping: float | None = None,
     residual: bool = True,
     bends: int = 2,
-    progress: Progress | None = None,
-) -> list[Refit]:
+    progress: Progress = silent,
+) -> None:
     """Refit every site of the pruned model (`twin`, which is changed) whose inputs differ from the original's.
 
     Args:
@@ -83,8 +59,8 @@ def refit_sites(
             for each site by cross-validation over two halves of the samples.
         residual: also correct the error of the branch that is added to a site's output.
         bends: rounds that adapt the targets to a clipping activation behind a site.
+        progress: told how many sites are done (`refit`).
     """
-    walk = _Walk(analysis, kept, twin, data, setup, damping, residual, bends)
     pairs = pair_up(analysis, kept, twin)
     biases = {pair: bias_of(twin, pair.pruned) for pair in pairs}
     after = Segments.of(twin.model, setup.provider, setup.threads)
@@ -93,6 +69,7 @@ def refit_sites(
     fronts = [first, Front(after, data, setup.batch, setup.memory // 8, beside=first)]
     ancestors = site_ancestors(twin.model, {pair.pruned.name for pair in pairs})
     done = 0
+    progress("refit", done, len(pairs))
     for step in steps(pairs, ancestors):
         wanted: tuple[list[str], list[str]] = [], []
         tasks = []
@@ -111,11 +88,9 @@ def refit_sites(
         for task in tasks:
             for left, right in zip(dense, small, strict=True):
                 task.split(left, right)
-            _solve(walk, task, (dense, small), biases[task.pair], after)
+            _solve(task, (dense, small), biases[task.pair], after, damping, bends)
         done += len(step)
-        if progress is not None:
-            progress(done / len(pairs))
-    return walk.found
+        progress("refit", done, len(pairs))
 
 
 def _pending(pairs: list[Pair], done: int) -> frozenset[str]:
@@ -168,27 +143,28 @@ def _meter(pair: Pair, skip: bool, data: Calibration, setup: Setup, before: Segm
     )
 
 
-def _solve(walk: _Walk, task: _Task, values: tuple[Window, Window], bias: Bias, parts: Segments) -> None:
+def _solve(
+    task: _Task, values: tuple[Window, Window], bias: Bias, parts: Segments, damping: float | None, bends: int
+) -> None:
+    """Give one site its new weights and bias, in the pruned model and in `parts`, which runs it."""
     site = task.pair.pruned
-    halves = task.meter.join()
-    moments = task.meter.moments
+    moments, halves = task.meter.join()
     tensor = constant_of(site.weight)
     assert tensor is not None
     prior = site.matrix(tensor.numpy())
-    damping = walk.damping if walk.damping is not None else cross_validated(halves, prior)
+    damping = cross_validated(halves, prior) if damping is None else damping
     solved = [Refitter(moments.covariance[k], prior[k], damping) for k in range(site.groups)]
     new = np.stack([s(moments.cross[k]) for k, s in enumerate(solved)])
     offset = moments.mean_t - np.einsum("gmd,gd->gm", new, moments.mean_x)
-    before, after = _error(moments, prior), _error(moments, new)
-    for _ in range(walk.bends if task.pair.behind.bends else 0):
+    for _ in range(bends if task.pair.behind.bends else 0):
         more = _bend(task, new, offset)
         task.meter.clear()
         for dense, small in zip(*values, strict=True):
             task.add(dense, small, more)
-        bent = task.meter.moments
+        bent = task.meter.moments()
+        assert bent is not None
         new = np.stack([s(bent.cross[k]) for k, s in enumerate(solved)])
         offset = bent.mean_t - np.einsum("gmd,gd->gm", new, bent.mean_x)
-    walk.found.append(Refit(site.name, before, after))
     array = site.stored(new)
     exchange(site.weight, array)
     parts.override(site.weight.name or "", array.reshape(tensor.shape.numpy()))
@@ -220,13 +196,3 @@ def _bend(task: _Task, weight: NDArray[np.float64], offset: NDArray[np.float64])
         "weight": place(weight.astype(np.float32)),
         "offset": place(offset[:, None].astype(np.float32)),
     }
-
-
-def _error(moments: Joint, weight: NDArray[np.float64]) -> float:
-    """E||t - W x||^2 with the best bias, relative to the variance of t."""
-    covariance, cross = moments.covariance, moments.cross
-    explained = 2 * np.einsum("gmd,gmd->", weight, cross) - np.einsum(
-        "gmd,gde,gme->", weight, covariance, weight, optimize=True
-    )
-    total = float(moments.variance_t.sum())
-    return float(1 - explained / total) if total > 0 else 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from spa.calibration import Calibration
 from spa.executors import kernels
-from spa.executors.meter import Meter
+from spa.executors.meter import ENOUGH, Meter
 from spa.executors.segments import Segments, placed
 from spa.moments import Joint
+from spa.progress import Progress, silent
 from spa.runtime import Provider
 from spa.sites import Site
-
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,15 @@ def profiles(
     taps: Sequence[Channels],
     data: Calibration,
     setup: Setup,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> dict[tuple[str, int], Profile]:
     """Profile of each tap, by its key, in one pass."""
     parts = Segments.of(model, setup.provider, setup.threads)
     found: dict[tuple[str, int], list[tuple[NDArray[np.float64], int]]] = {tap.key: [] for tap in taps}
-    run = parts.runner([tap.value.name or "" for tap in taps], ())
-    for k, batch in enumerate(data.batches(setup.batch)):
+    run = parts.runner([tap.value.name or "" for tap in taps], (), optimize=True)
+    done = 0
+    progress("collect", done, data.samples)
+    for batch in data.batches(setup.batch):
         values = run(placed(batch))
         for tap in {t.key: t for t in taps}.values():
             kind = ir.DataType(parts.types.get(tap.key[0], 0) or int(ir.DataType.FLOAT))
@@ -106,8 +107,8 @@ def profiles(
                 kernels.profile(tap.rank, tap.axis, kind, x, _size(batch), provider=setup.provider,
                                 threads=setup.threads)
             )  # fmt: skip
-        if progress is not None:
-            progress(min((k + 1) * setup.batch / data.samples, 1.0))
+        done += _size(batch)
+        progress("collect", done, data.samples)
     out = {}
     for key, pieces in found.items():
         rows = np.concatenate([r for r, _ in pieces])
@@ -117,23 +118,37 @@ def profiles(
 
 
 def covariances(
-    model: ir.Model, sites: Sequence[Site], data: Calibration, setup: Setup, progress: Progress | None = None
+    model: ir.Model, sites: Sequence[Site], data: Calibration, setup: Setup, progress: Progress = silent
 ) -> dict[str, Joint]:
-    """Moments of the inputs of each site, by the name of the site: as many passes as the memory asks for."""
+    """Moments of the inputs of each site, by the name of the site: as many passes as the memory asks for.
+
+    Sites that read the same (`Site.reading`) share one measurement, and one result.
+    """
     parts = Segments.of(model, setup.provider, setup.threads)
-    meters = {site.name: Meter(site, data.samples, dtypes=_types(parts, site), provider=setup.provider,
-                               threads=setup.threads) for site in sites}  # fmt: skip
-    weights = [8 * site.groups * site.columns**2 for site in sites]
-    for names in _blocks([site.name for site in sites], weights, setup.memory):
-        chosen = [meters[name].site for name in names]
-        run = parts.runner([site.data.name or "" for site in chosen], ())
-        for k, batch in enumerate(data.batches(setup.batch)):
+    shared: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        shared.setdefault(site.reading, []).append(site)
+    widest = [max(same, key=lambda site: site.rows) for same in shared.values()]
+    weights = [8 * site.groups * site.columns * (site.columns + ENOUGH // 2) for site in widest]
+    blocks = list(_blocks(widest, weights, setup.memory))
+    found: dict[str, Joint] = {}
+    done = 0
+    progress("collect", done, len(blocks) * data.samples)
+    for block in blocks:
+        meters = [Meter(site, data.samples, dtypes=_types(parts, site), provider=setup.provider,
+                        threads=setup.threads) for site in block]  # fmt: skip
+        run = parts.runner([site.data.name or "" for site in block], (), optimize=True)
+        for batch in data.batches(setup.batch):
             values = run(placed(batch))
-            for site in chosen:
-                meters[site.name].add(values[site.data.name or ""])
-            if progress is not None:
-                progress(min((k + 1) * setup.batch / data.samples, 1.0))
-    return {name: meter.total for name, meter in meters.items() if meter.total is not None}
+            for meter in meters:
+                meter.add(values[meter.site.data.name or ""])
+            done += _size(batch)
+            progress("collect", done, len(blocks) * data.samples)
+        for meter in meters:
+            moments = meter.moments()
+            if moments is not None:
+                found.update((site.name, moments) for site in shared[meter.site.reading])
+    return found
 
 
 def _types(parts: Segments, site: Site) -> tuple[ir.DataType, ir.DataType]:
@@ -145,15 +160,15 @@ def _size(batch: dict[str, NDArray[np.generic]]) -> int:
     return len(next(iter(batch.values())))
 
 
-def _blocks(names: Sequence[str], weights: Sequence[int], memory: int) -> Iterator[list[str]]:
-    """Cut `names` into runs whose weights stay below half of the memory; the other half is for activations."""
-    block: list[str] = []
+def _blocks(sites: Sequence[Site], weights: Sequence[int], memory: int) -> Iterator[list[Site]]:
+    """Cut `sites` into runs whose weights stay below half of the memory; the other half is for activations."""
+    block: list[Site] = []
     taken = 0
-    for name, weight in zip(names, weights, strict=True):
+    for site, weight in zip(sites, weights, strict=True):
         if block and taken + weight > memory // 2:
             yield block
             block, taken = [], 0
-        block.append(name)
+        block.append(site)
         taken += weight
     if block:
         yield block

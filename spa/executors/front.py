@@ -34,20 +34,21 @@ class Front:
         """Move the cut before the node at `position`; the values of `wanted` for all batches."""
         live = list(dict.fromkeys([*self.parts.inputs, *self.parts.live(position)]))
         run = self.parts.runner([*live, *wanted], self.anchor[0])
-        held: list[Values] | None = []
-        taken = 0
-        anchor = self.anchor
-        for values in anchor:
-            out = run(values)
-            taken += sum(v.tensor_size_in_bytes() for v in out.values())
-            if taken > self.memory:
-                held = None
-                break
-            assert held is not None
-            held.append(out)
+        anchor, held = self.anchor, self._hold(run)
         if held is not None:
             self.anchor = [{name: values[name] for name in live} for values in held]
         return Window(run, anchor, held)
+
+    def _hold(self, run: Runner) -> list[Values] | None:
+        """What `run` gives for all batches, None if that does not fit into the memory."""
+        held: list[Values] = []
+        taken = 0
+        for values in self.anchor:
+            held.append(run(values))
+            taken += sum(v.tensor_size_in_bytes() for v in held[-1].values())
+            if taken > self.memory:
+                return None
+        return held
 
 
 class Window:

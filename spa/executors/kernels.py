@@ -6,8 +6,9 @@ They are models of their own, so that neither the opset nor the operators of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,8 @@ class Form:
     """Only some of the leading axis, given as an index `who`."""
     pick: bool = True
     """Rows are picked by an index; else all are taken as they lie (tokens only)."""
+    carry: bool = False
+    """Rows are put behind others that are held."""
 
 
 def _float(b: _Builder, value: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -119,9 +122,9 @@ def _grouped(b: _Builder, x: ir.Value, groups: int, width: int, taps: int) -> ir
     return b("Reshape", b("Transpose", x, perm=[2, 0, 1, 3]), b.ints(groups, -1, taps * (width // groups)))
 
 
-def _product(b: _Builder, left: ir.Value, right: ir.Value, form: Form, m: int, d: int) -> ir.Value:
+def _product(b: _Builder, left: ir.Value, right: ir.Value, groups: int, m: int, d: int) -> ir.Value:
     """left^T right per group, [g, m, d]."""
-    if form.groups == 1:
+    if groups == 1:
         flat = b("Gemm", b("Reshape", left, b.ints(-1, m)), b("Reshape", right, b.ints(-1, d)), transA=1)
         return b("Reshape", flat, b.ints(1, m, d))
     return b("MatMul", b("Transpose", left, perm=[0, 2, 1]), right)
@@ -151,7 +154,7 @@ def _bent(b: _Builder, form: Form, t: ir.Value, other: ir.Value | None, rows: ir
 
 
 @lru_cache(maxsize=256)
-def _joint(form: Form, provider: Provider, threads: int) -> Session:
+def _rows_session(form: Form, provider: Provider, threads: int) -> Session:
     b = _Builder()
     who = b.input("who", ir.DataType.INT64, 1) if form.half else None
 
@@ -159,17 +162,15 @@ def _joint(form: Form, provider: Provider, threads: int) -> Session:
         value = b.input(name, dtype)
         return _float(b, value if who is None else b("Gather", value, who, axis=0), dtype)
 
+    def after(name: str, rows: ir.Value) -> ir.Value:
+        return b("Concat", b.input(name, ir.DataType.FLOAT, 3), rows, axis=1) if form.carry else rows
+
     x = given("x", form.x_type)
     patches = b.input("patches", ir.DataType.INT64, 1) if form.pick else None
-    d = form.taps * form.channels
     width = form.groups * form.channels
     rows = _rows(b, x, form.tokens, width, patches, not form.tokens)
     rows = _grouped(b, rows, form.groups, width, form.taps)
-    mean = b("ReduceMean", rows, axes=[1], keepdims=1)
-    centred = b("Sub", rows, mean)
-    outputs = {"mean_x": b("Squeeze", mean, b.ints(1))}
-    if not form.bend:
-        outputs["xx"] = _product(b, centred, centred, form, d, d)
+    outputs = {"rows": after("held_rows", rows)}
     if form.rows:
         t = given("t", form.t_type)
         picks = b.input("picks", ir.DataType.INT64, 1) if form.pick else None
@@ -188,12 +189,30 @@ def _joint(form: Form, provider: Provider, threads: int) -> Session:
             t = b("Add", t, b("Div", b("Sub", plus, minus), b.input("scale", ir.DataType.FLOAT, 1)))
         if form.bend:
             t = _bent(b, form, t, minus, rows)
-        t = _grouped(b, t, form.groups, width, 1)
-        mean_t = b("ReduceMean", t, axes=[1], keepdims=1)
-        apart = b("Sub", t, mean_t)
-        outputs["mean_t"] = b("Squeeze", mean_t, b.ints(1))
-        outputs["tx"] = _product(b, apart, centred, form, form.rows, d)
-        outputs["tt"] = b("ReduceSum", b("Mul", apart, apart), b.ints(1), keepdims=0)
+        outputs["targets"] = after("held_targets", _grouped(b, t, form.groups, width, 1))
+    return b.session(outputs, provider, threads)
+
+
+@lru_cache(maxsize=256)
+def _moments_session(groups: int, d: int, m: int, inner: bool, provider: Provider, threads: int) -> Session:
+    b = _Builder()
+
+    def centred(rows: ir.Value) -> tuple[ir.Value, ir.Value]:
+        mean = b("ReduceMean", rows, axes=[1], keepdims=1)
+        return b("Squeeze", mean, b.ints(1)), b("Sub", rows, mean)
+
+    mean, x = centred(b.input("rows", ir.DataType.FLOAT, 3))
+    outputs = {"mean_x": mean}
+    if inner:
+        ends = [*range(0, d, _tile(groups, d)), d]
+        tiles = [b("Slice", x, b.ints(i), b.ints(j), b.ints(2)) if len(ends) > 2 else x for i, j in pairwise(ends)]
+        for k, (i, j) in enumerate(pairwise(ends)):
+            for row, (u, v) in zip(tiles[: k + 1], pairwise(ends), strict=False):
+                outputs[f"xx {u} {i}"] = _product(b, row, tiles[k], groups, v - u, j - i)
+    if m:
+        outputs["mean_t"], t = centred(b.input("targets", ir.DataType.FLOAT, 3))
+        outputs["tx"] = _product(b, t, x, groups, m, d)
+        outputs["tt"] = b("ReduceSum", b("Mul", t, t), b.ints(1), keepdims=0)
     return b.session(outputs, provider, threads)
 
 
@@ -205,51 +224,92 @@ class Picks:
     """[rows taps]: positions of x; the position behind the last one reads as zero. None takes all (tokens)."""
     targets: Value | None
     """[rows]: positions of the target."""
-    rows: int
-    """Per sample; 0 if all are taken."""
 
 
-def joint(
+@dataclass(frozen=True)
+class Rows:
+    """Observations of one operator, where ONNX Runtime has them."""
+
+    inputs: Value
+    """[g, N, d]"""
+    targets: Value | None = None
+    """[g, N, m]"""
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return int(self.inputs.shape()[1])
+
+
+def rows(
     form: Form,
     x: Value,
     picks: Picks,
     target: Mapping[str, Value] | None = None,
     who: NDArray[np.int64] | None = None,
+    held: Rows | None = None,
     *,
     provider: Provider = "cpu",
     threads: int = 0,
-) -> Joint:
-    """Joint moments of one batch: of x alone, or with a target.
+) -> Rows:
+    """The observations in one batch, behind those that are `held`.
 
     `target` holds `t`, and as `form` asks for them: `select` (channels of t); `plus`, `minus`, `scale` (residual
-    branch); `scale`, `shift`, `low`, `high`, `weight` [g, m, d], `offset` [g, 1, m] (activation). With `form.bend`
-    xx is zero.
+    branch); `scale`, `shift`, `low`, `high`, `weight` [g, m, d], `offset` [g, 1, m] (activation).
     """
-    session = _joint(form, provider, threads)
+    session = _rows_session(replace(form, carry=held is not None), provider, threads)
     feeds = {"x": x}
     if who is not None:
         feeds["who"] = indices(who)
     if picks.patches is not None:
         feeds["patches"] = picks.patches
-    names = ["mean_x"] if form.bend else ["mean_x", "xx"]
+    names = ["rows"]
     if target is not None:
         feeds.update(target)
+        names.append("targets")
         if picks.targets is not None:
             feeds["picks"] = picks.targets
-        names += ["mean_t", "tx", "tt"]
+    if held is not None:
+        feeds["held_rows"] = held.inputs
+        if held.targets is not None:
+            feeds["held_targets"] = held.targets
+    got = run_values(session, feeds, names)
+    return Rows(got["rows"], got.get("targets"))
+
+
+def moments(found: Rows, *, inner: bool = True, provider: Provider = "cpu", threads: int = 0) -> Joint:
+    """Joint moments of observations; without `inner` xx is zero."""
+    g, count, d = (int(n) for n in found.inputs.shape())
+    m = 0 if found.targets is None else int(found.targets.shape()[2])
+    session = _moments_session(g, d, m, inner, provider, threads)
+    names = [output.name for output in session.get_outputs()]
+    feeds = {"rows": found.inputs} | ({} if found.targets is None else {"targets": found.targets})
     got = {n: fetch(v).astype(np.float64) for n, v in run_values(session, feeds, names).items()}
-    d, g = form.taps * form.channels, form.groups
-    shape = [len(who) if who is not None else x.shape()[0], *x.shape()[1:]]
-    total = int(np.prod(shape[:-1])) if picks.patches is None else int(shape[0]) * picks.rows
-    none = np.zeros((g, 0))
     return Joint(
-        total,
-        got["mean_x"].reshape(g, d),
-        got.get("mean_t", none).reshape(g, -1),
-        got["xx"].reshape(g, d, d) if "xx" in got else np.zeros((g, d, d)),
-        got.get("tx", np.zeros((g, 0, d))).reshape(g, -1, d),
-        got.get("tt", none).reshape(g, -1),
+        count,
+        got["mean_x"],
+        got.get("mean_t", np.zeros((g, 0))),
+        _assembled(got, g, d),
+        got.get("tx", np.zeros((g, 0, d))),
+        got.get("tt", np.zeros((g, 0))),
     )
+
+
+def _tile(groups: int, d: int) -> int:
+    """Columns of one tile of a Gram matrix: it is symmetric, and what lies below its diagonal need not be computed."""
+    return -(-d // 4) if groups == 1 and d >= 1024 else d
+
+
+def _assembled(tiles: Mapping[str, NDArray[np.float64]], groups: int, d: int) -> NDArray[np.float64]:
+    """The Gram matrix whose upper tiles are called `xx ROW COLUMN`; zero if there is none."""
+    out = np.zeros((groups, d, d))
+    for name, tile in tiles.items():
+        if name.startswith("xx"):
+            i, j = (int(n) for n in name.split()[1:])
+            out[:, i : i + tile.shape[1], j : j + tile.shape[2]] = tile
+            if i != j:
+                out[:, j : j + tile.shape[2], i : i + tile.shape[1]] = tile.transpose(0, 2, 1)
+    return out
 
 
 def indices(array: NDArray[np.int64]) -> Value:

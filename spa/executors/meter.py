@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,17 @@ from spa.executors.patches import output_space, sample, spatial, window
 from spa.moments import Joint
 from spa.runtime import Provider, Value
 from spa.sites import Site
+
+ENOUGH = 1024
+"""Observations that are held before they are reduced to moments: a Gram matrix is large next to a few rows."""
+
+
+@dataclass
+class _Sum:
+    held: kernels.Rows | None = None
+    total: Joint | None = None
+    inner: bool = True
+    """Whether the moments of the inputs are asked for; with targets that follow an activation they are known."""
 
 
 class Meter:
@@ -59,54 +70,62 @@ class Meter:
         if width > site.groups * site.rows:
             assert select is not None
             self.constants["select"] = kernels.indices(select)
-        self.total: Joint | None = None
-        self.halves: list[Joint | None] = [None, None]
-        """Of every second entry of the leading axis (samples), where they were asked for."""
+        self._sums = [_Sum(), _Sum()]
+        """The second one is used if halves are asked for."""
         self.seen = 0
         self._picks: dict[tuple[int, ...], kernels.Picks] = {}
 
     def split(self, x: Value, targets: Mapping[str, Value]) -> None:
-        """As `add`, but every second sample goes to the other half."""
+        """As `add`, but every second sample (entry of the leading axis) goes to the other half."""
         count = int(x.shape()[0])
         for k in range(2):
             who = np.arange((k - self.seen) % 2, count, 2)
             if len(who):
-                self.halves[k] = _merged(self.halves[k], self._part(x, targets, who))
+                self._take(self._sums[k], x, targets, who)
         self.seen += count
 
     def add(self, x: Value, targets: Mapping[str, Value] | None = None) -> None:
-        """Take one batch in; `targets` as in `kernels.joint`, without `select`."""
-        self.total = _merged(self.total, self._part(x, targets, None))
+        """Take one batch in; `targets` as in `kernels.rows`, without `select`."""
+        self._take(self._sums[0], x, targets, None)
 
-    def _part(self, x: Value, targets: Mapping[str, Value] | None, who: NDArray[np.int64] | None) -> Joint:
+    def _take(self, into: _Sum, x: Value, targets: Mapping[str, Value] | None, who: NDArray[np.int64] | None) -> None:
         picks = self._pick(tuple(int(n) for n in x.shape()))
-        form = replace(
-            self.form,
-            pick=picks.patches is not None,
-            bend=targets is not None and "weight" in targets,
-            half=who is not None,
-        )
+        bend = targets is not None and "weight" in targets
+        form = replace(self.form, pick=picks.patches is not None, bend=bend, half=who is not None)
         given = None if targets is None else {**targets, **self.constants}
-        return kernels.joint(form, x, picks, given, who, provider=self.provider, threads=self.threads)
+        into.inner = not bend
+        into.held = kernels.rows(form, x, picks, given, who, into.held, provider=self.provider, threads=self.threads)
+        if into.held.count >= ENOUGH:
+            self._reduce(into)
 
-    @property
-    def moments(self) -> Joint:
-        """Of all batches since the start, or since `clear`."""
-        assert self.total is not None
-        return self.total
+    def _reduce(self, into: _Sum) -> None:
+        if into.held is not None:
+            part = kernels.moments(into.held, inner=into.inner, provider=self.provider, threads=self.threads)
+            into.held = None
+            if into.total is None:
+                into.total = part
+            else:
+                into.total.merge(part)
+
+    def moments(self) -> Joint | None:
+        """Of all batches since the start, or since `clear`; None if there was none."""
+        self._reduce(self._sums[0])
+        return self._sums[0].total
 
     def clear(self) -> None:
         """Forget all batches."""
-        self.total = None
+        self._sums = [_Sum(), _Sum()]
 
-    def join(self) -> tuple[Joint, Joint | None]:
-        """Both halves, which are one if there is one sample only; their sum becomes the total."""
-        first, second = self.halves
+    def join(self) -> tuple[Joint, tuple[Joint, Joint | None]]:
+        """All, and both halves, which are one if there is one sample only."""
+        for each in self._sums:
+            self._reduce(each)
+        first, second = (each.total for each in self._sums)
         assert first is not None
-        self.total = copy.deepcopy(first)
+        total = copy.deepcopy(first)
         if second is not None:
-            self.total.merge(second)
-        return first, second
+            total.merge(second)
+        return total, (first, second)
 
     def _pick(self, shape: tuple[int, ...]) -> kernels.Picks:
         key = shape[1:]
@@ -117,23 +136,16 @@ class Meter:
     def _tokens(self, shape: tuple[int, ...]) -> kernels.Picks:
         positions = math.prod(shape[1:-1])
         if len(shape) < 3 or positions == 1:
-            return kernels.Picks(None, None, 0)
+            return kernels.Picks(None, None)
         chosen = sample(self.site, positions, self.samples)
         if len(chosen) == positions:
-            return kernels.Picks(None, None, 0)
+            return kernels.Picks(None, None)
         index = kernels.indices(chosen)
-        return kernels.Picks(index, index, len(chosen))
+        return kernels.Picks(index, index)
 
     def _patches(self, shape: tuple[int, ...]) -> kernels.Picks:
         space = spatial(shape)
         out = output_space(self.site, space)
         chosen = sample(self.site, math.prod(out), self.samples)
         flat = window(self.site, space, out, chosen)
-        return kernels.Picks(kernels.indices(flat), kernels.indices(chosen), len(chosen))
-
-
-def _merged(total: Joint | None, part: Joint) -> Joint:
-    if total is None:
-        return part
-    total.merge(part)
-    return total
+        return kernels.Picks(kernels.indices(flat), kernels.indices(chosen))

@@ -107,7 +107,7 @@ _CHEAP = 2e9
 
 
 def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDArray[np.int64]:
-    """Output positions that are looked at: the same for all samples, chosen by the operator's name.
+    """Output positions that are looked at: the same for all samples, chosen by the name of the input.
 
     As many as make the moments cost what the operator costs itself; more if it takes more to have `least` rows per
     column over all samples, but then at most twice that cost, unless it is next to nothing.
@@ -118,7 +118,7 @@ def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDAr
     count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), 1), positions))
     if count == positions:
         return np.arange(positions)
-    rng = np.random.default_rng(zlib.crc32(site.name.encode()))
+    rng = np.random.default_rng(zlib.crc32((site.data.name or "").encode()))
     return np.sort(rng.permutation(positions)[:count])
 
 

@@ -227,7 +227,7 @@ def _gather_nd(op: Op) -> None:
         op.freeze_all("GatherND of a tensor of unknown rank")
         return
     batch = int(op.attr("batch_dims", 0))
-    depth = int(index.shape[-1])  # type: ignore[arg-type]  # static, checked above
+    depth = index.shape[-1]
     op.freeze(index.dims[-1], "GatherND reads coordinates")
     positions, size = op.ints(1), x.shape[0]
     if (
@@ -266,7 +266,7 @@ def _scatter_nd(op: Op) -> None:
     if x is None or index is None or updates is None or y is None or not is_static(index.shape[-1]):
         op.freeze_all("ScatterND of a tensor of unknown rank")
         return
-    depth = int(index.shape[-1])  # type: ignore[arg-type]  # static, checked above
+    depth = index.shape[-1]
     op.freeze(index.dims[-1], "ScatterND reads coordinates")
     for d, dim in enumerate(x.dims):
         op.axes.same(dim, y.dims[d])
@@ -372,7 +372,7 @@ def _expand(op: Op) -> None:
         if x.shape[d] != 1:
             _pair(op, x, d, y, d + shift, dim)
     target = op.input(1)
-    missing = len(y.dims) - int(target.shape[0]) if target is not None and is_static(target.shape[0]) else 0  # type: ignore[arg-type]
+    missing = len(y.dims) - target.shape[0] if target is not None and is_static(target.shape[0]) else 0
     _edit_sizes(op, 1, y.dims[missing:])
 
 

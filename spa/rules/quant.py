@@ -110,7 +110,7 @@ def _gather_blocks(op: Op) -> None:
     if table is None or index is None or scales is None or len(table.dims) != 2 or not is_static(scales.shape[1]):
         op.freeze_all("GatherBlockQuantized of a table that is not a matrix")
         return
-    blocks = int(scales.shape[1])  # type: ignore[arg-type]  # static, checked above
+    blocks = scales.shape[1]
     width = exact_div(table.shape[1], blocks)
     if width is None or int(op.attr("gather_axis", 0)) or int(op.attr("quantize_axis", 1)) not in (1, -1):
         op.freeze_all("GatherBlockQuantized along other axes, or with a last block that is not full")

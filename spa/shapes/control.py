@@ -28,7 +28,7 @@ CONTROL = Table()
 
 @CONTROL.rule("If")
 def _if(op: Op) -> None:
-    walker: Walker = op.facts  # type: ignore[assignment]
+    walker: Walker = op.facts  # type: ignore[assignment]  # only a walk runs this table
     then, other = op.attr("then_branch"), op.attr("else_branch")
     walker.walk(then)
     walker.walk(other)
@@ -94,7 +94,7 @@ def _loosen(op: Op, shapes: list[Shape | None], after: list[Shape | None], varyi
 
 @CONTROL.rule("Loop")
 def _loop(op: Op) -> None:
-    walker: Walker = op.facts  # type: ignore[assignment]
+    walker: Walker = op.facts  # type: ignore[assignment]  # only a walk runs this table
     body: ir.Graph = op.attr("body")
     count = len(body.inputs) - 2
     for value, dtype in zip(body.inputs[:2], (ir.DataType.INT64, ir.DataType.BOOL), strict=True):
@@ -120,7 +120,7 @@ def _trips(op: Op, walker: Walker, body: ir.Graph) -> Size:
 
 @CONTROL.rule("Scan")
 def _scan(op: Op) -> None:
-    walker: Walker = op.facts  # type: ignore[assignment]
+    walker: Walker = op.facts  # type: ignore[assignment]  # only a walk runs this table
     body: ir.Graph = op.attr("body")
     scanned = op.attr("num_scan_inputs", 0)
     count = len(op.inputs) - scanned

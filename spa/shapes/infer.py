@@ -227,7 +227,7 @@ class _Inference:
         if op.node.op_type == "QuantizeLinear" and not op.has(2):
             return ir.DataType(op.attr("output_dtype", 0) or ir.DataType.UINT8)
         source = sources[slot] if slot < len(sources) else None
-        return op.dtype(source) if type(source) is int else source  # type: ignore[return-value]
+        return op.dtype(source) if type(source) is int else source  # type: ignore[return-value]  # `source` is a DataType or None here
 
     def _by_schema(self, node: ir.Node, domain: str, op: Op) -> list[Shape | None]:
         """Operators without a rule: ONNX's own inference, with symbols passed through by name."""
@@ -256,7 +256,7 @@ def _attempt(function: Callable[..., Any], *args: Any) -> Any:
     """The result, None for a graph that a rule did not expect: unknown is always an answer."""
     try:
         return function(*args)
-    except Exception:
+    except Exception:  # rules index and unpack what a graph claims to have: they may raise anything
         return None
 
 

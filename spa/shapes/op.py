@@ -139,7 +139,7 @@ class Op:
     def ints(self, slot: int, attribute: str | None = None) -> list[int] | None:
         """As `items`, None unless all are plain integers."""
         items = self.items(slot, attribute)
-        return None if items is None or not all(type(i) is int for i in items) else items  # type: ignore[return-value]
+        return None if items is None or not all(type(i) is int for i in items) else items  # type: ignore[return-value]  # just checked
 
     def fresh(self, bottom: int | None = 0) -> Sym:
         """A new unknown size."""
@@ -207,4 +207,4 @@ def static(shape: Iterable[Size] | None) -> tuple[int, ...] | None:
     if shape is None:
         return None
     dims = tuple(shape)
-    return dims if all(isinstance(d, int) for d in dims) else None  # type: ignore[return-value]
+    return dims if all(isinstance(d, int) for d in dims) else None  # type: ignore[return-value]  # just checked

@@ -309,7 +309,7 @@ def _gather(op: Op) -> Const | None:
 
 def _at(items: list[Any], position: Item) -> Item:
     known = type(position) is int and -len(items) <= position < len(items)
-    return items[position] if known else None  # type: ignore[index]
+    return items[position] if known else None  # type: ignore[index]  # a plain number if `known`
 
 
 @VALUES.rule("GatherElements")

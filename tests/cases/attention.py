@@ -8,7 +8,7 @@ MS = "com.microsoft::"
 
 # batch 2, 3 query tokens, 5 key tokens, 4 heads of 6 (values of 8)
 # fmt: off
-# ruff: noqa: E501 (one line per case)
+# ruff: noqa: E501  # one line per case
 CASES = [
     case("Attention", "2x4x3x6 2x4x5x6 2x4x5x8", "013 013 013 > 013", opset=23),
     case("Attention", "2x4x3x6 2x4x5x6 2x4x5x8", "013 013 013 > 013", opset=23, scale=0.3),

@@ -7,7 +7,7 @@ from tests.subject import FLOAT16, QUANTISED, case, each
 MS = "com.microsoft::"
 
 # fmt: off
-# ruff: noqa: E501 (one line per case)
+# ruff: noqa: E501  # one line per case
 CASES = [
     case("Conv", "2x4x9 6x4x3 6", "01 01 0 > 01"),
     case("Conv", "2x4x9 6x4x3 6", "01 01 0 > 01", strides=[2], pads=[1, 1]),

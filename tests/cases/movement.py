@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.subject import case
 
 # fmt: off
-# ruff: noqa: E501 (one line per case)
+# ruff: noqa: E501  # one line per case
 CASES = [
     case("Reshape", "2x12x3 [2,3,4,-1]", "012 - > 0123"),
     case("Reshape", "2x12x3 [0,3,4,3]", "012 - > 0123"),

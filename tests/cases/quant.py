@@ -7,7 +7,7 @@ from tests.subject import QUANTISED, case
 MS = "com.microsoft::"
 
 # fmt: off
-# ruff: noqa: E501 (one line per case)
+# ruff: noqa: E501  # one line per case
 CASES = [
     case("QuantizeLinear", "3x4 {0.1} u8:{7}", "01 - - > 01", tolerance=QUANTISED),
     case("QuantizeLinear", "3x4 {0.1} u8:{0}", "01 - - > 01"),

@@ -8,7 +8,7 @@ DYNAMIC = Tolerance(0.05, "the state is quantised anew in every step, by its ext
 
 # 5 steps, batch 2, 3 inputs, 4 hidden units
 # fmt: off
-# ruff: noqa: E501 (one line per case)
+# ruff: noqa: E501  # one line per case
 CASES = [
     case("LSTM", "5x2x3 1x16x3 1x16x4", "12 12 12 > 23 12 12", hidden_size=4, outs="111"),
     case("LSTM", "5x2x3 1x16x3 1x16x4 1x32", "12 12 12 1 > 23 12 12", hidden_size=4, outs="111", direction="reverse"),
