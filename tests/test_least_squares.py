@@ -241,16 +241,18 @@ def test_close_to_the_best_of_all_subsets() -> None:
 
 
 def test_better_than_one_shot() -> None:
-    """Neither is optimal, but greedy with exchanges loses to the ranking of single units only in freak cases."""
-    lost = 0
-    for seed in range(150):
+    """Greedy with exchanges is never worse than the ranking of single units, and often better."""
+    better = 0
+    for seed in range(400):
         rng = np.random.default_rng(seed)
         units = int(rng.integers(4, 10))
         consumers = problem(rng, units, rng.integers(1, 4, int(rng.integers(1, 4))).tolist(), 1e-3)
         count = int(rng.integers(1, units))
         single = loss_of(consumers, np.argsort(one_shot(consumers), kind="stable")[:count])
-        lost += loss_of(consumers, swapped(consumers, greedy(consumers).order[:count])) > single * (1 + 1e-9)
-    assert lost <= 1
+        mine = loss_of(consumers, swapped(consumers, greedy(consumers).order[:count]))
+        assert mine <= single * (1 + 1e-9)
+        better += mine < single * 0.99
+    assert better > 40
 
 
 def test_duplicates_leave_for_nothing() -> None:
