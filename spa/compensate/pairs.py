@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spa.executors.fused import SUFFIX
 from spa.groups import Analysis
 from spa.removal import Mask, changed_leaves
 from spa.rewrite import Twin
@@ -45,6 +46,11 @@ class Pair:
     """Output channels of the original site that the pruned one still has."""
     behind: Behind
 
+    @property
+    def target(self) -> str:
+        """What the outputs of the pruned site should be: a value of the original model."""
+        return self.original.name + SUFFIX if self.original.fused else self.original.name
+
 
 def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
     """The sites of the pruned model whose inputs differ from the original's, in execution order."""
@@ -55,7 +61,7 @@ def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
     for site in find_sites(coupling.model):
         mirror = site_of(twin.node(site.node))
         dims = coupling.dims(site.output)
-        if mirror is None or dims is None or site.data not in changed or site.fused:
+        if mirror is None or dims is None or site.data not in changed:
             continue
         axis = dims[1 if site.layout != "tokens" else -1]
         outputs = np.flatnonzero(solution.keep(axis, kept))
@@ -92,6 +98,14 @@ def _behind(analysis: Analysis, kept: Mask, twin: Twin, site: Site, outputs: NDA
     scale, shift = np.ones(site.groups * site.rows), np.zeros(site.groups * site.rows)
     skip: tuple[str, str] | None = None
     value = site.output
+    if site.fused:
+        branch = site.node.inputs[3] if len(site.node.inputs) > 3 else None
+        if branch is not None and not _aligned(analysis, kept, site, branch):
+            return Behind(scale[outputs], shift[outputs])
+        if branch is not None:
+            skip = branch.name or "", twin.value(branch).name or ""
+        low, high = _inside(site.node)
+        return Behind(scale[outputs], shift[outputs], skip, low, high)
     while True:
         plain = Behind(scale[outputs], shift[outputs], skip)
         uses = list(value.uses())
@@ -130,6 +144,15 @@ def _per_output(tensor: ir.TensorProtocol, site: Site) -> bool:
     outputs = site.groups * site.rows
     shape = tuple(tensor.shape.numpy())
     return tensor.size == outputs and len(shape) >= from_end and shape[-from_end] == outputs
+
+
+def _inside(node: ir.Node) -> _Range:
+    """What an activation inside an operator clips to; everything if it is another one."""
+    kind = node.attributes["activation"].as_string() if "activation" in node.attributes else ""
+    given = [node.attributes[n].as_floats() for n in ("activation_params",) if n in node.attributes]
+    if kind == "Clip" and given and len(given[0]) == 2:
+        return given[0][0], given[0][1]
+    return (0.0, math.inf) if kind == "Relu" else (-math.inf, math.inf)
 
 
 def _clip(node: ir.Node) -> _Range | None:

@@ -78,10 +78,10 @@ def refit_sites(
             if skip is not None and ancestors.get(skip[1], frozenset()) & _pending(pairs, done):
                 skip = None
             tasks.append(_Task(pair, skip, _meter(pair, skip is not None, data, setup, before, after)))
-            wanted[0].extend((pair.original.name, *(skip or ())[:1]))
+            wanted[0].extend((pair.target, *(skip or ())[:1]))
             wanted[1].extend((pair.pruned.data.name or "", *(skip or ())[1:]))
         starts = (
-            min(before.producer[pair.original.name] for pair in step),
+            min(before.producer[pair.target] for pair in step),
             min(after.producer[pair.pruned.name] for pair in step),
         )
         dense, small = (front.at(at, names) for front, at, names in zip(fronts, starts, wanted, strict=True))
@@ -116,7 +116,7 @@ class _Task:
 
     def targets(self, dense: Values, small: Values) -> dict[str, Value]:
         """What the site's outputs should be."""
-        targets = {"t": dense[self.pair.original.name]}
+        targets = {"t": dense[self.pair.target]}
         if self.skip is not None:
             targets |= {"plus": dense[self.skip[0]], "minus": small[self.skip[1]], "scale": self.scale}
         return targets

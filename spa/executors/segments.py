@@ -16,6 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from spa.errors import UnsupportedModelError
+from spa.executors.fused import linear_part
 from spa.inference import children
 from spa.runtime import Provider, Session, Value, open_session, place, run_values
 from spa.store import to_proto
@@ -60,8 +61,14 @@ class Segments:
 
     @staticmethod
     def of(model: ir.Model, provider: Provider = "cpu", threads: int = 0) -> Segments:
-        """The parts of a model; it is copied."""
-        return Segments(to_proto(model), provider, threads)
+        """The parts of a model; it is copied. Linear parts of fused operators can be asked for (`fused.SUFFIX`)."""
+        proto = to_proto(model)
+        nodes = [(linear_part(node), node) for node in proto.graph.node]
+        if any(linear for linear, _ in nodes):
+            del proto.graph.node[:]
+            for linear, node in nodes:
+                proto.graph.node.extend([*linear, node])
+        return Segments(proto, provider, threads)
 
     def override(self, name: str, array: NDArray[Any]) -> None:
         """Exchange an initializer or what a `Constant` node holds; its type stays."""
