@@ -104,12 +104,16 @@ def _others(rows: Sequence[Row], headline: dict[str, str]) -> str:
         dict.fromkeys(key_of(r) for r in rows if r.tool == OURS and r.suite in ("cifar", "imagenet"))
     )
     body = [
-        [_short(key[1]), key[2], key[3], m.method, *_figures(m)]
+        [_short(key[1]), key[2], key[3], m.method, *_figures(m), *_figures(best(means(rows, PEER, key)))]
         for key in keys
         for m in means(rows, OURS, key)
         if m.method != headline.get(key[0])
     ]
-    return table(("network", "data", "target", "method", "ours", "MACs", "drop"), body) if body else ""
+    return (
+        table(("network", "data", "target", "method", "ours", "MACs", "drop", "best peer", "MACs", "drop"), body)
+        if body
+        else ""
+    )
 
 
 def _short(network: str) -> str:
