@@ -28,23 +28,19 @@ class Consumer:
 
     weight: Array
     """[m, d]"""
-    covariance: Array
-    """[d, d], of its inputs."""
+    inverse: Array
+    """(C + ridge)^-1 for the covariance C of its inputs, [d, d]."""
     columns: Index
     """[units, b]: the columns that each unit feeds; -1 where it feeds fewer than others."""
     importance: float = 1.0
     """What its squared error counts."""
-    damping: float = 0.01
-    """Ridge, relative to the mean variance."""
-    known: Array | None = None
-    """`inverse`, if it is at hand."""
 
-    @cached_property
-    def inverse(self) -> Array:
-        """(C + ridge)^-1, [d, d]."""
-        if self.known is not None:
-            return self.known
-        return np.asarray(np.linalg.inv(damped(self.covariance, self.damping)))
+    @staticmethod
+    def of(
+        weight: Array, covariance: Array, columns: Index, importance: float = 1.0, damping: float = 0.01
+    ) -> Consumer:
+        """From a covariance; `damping` is the ridge relative to the mean variance."""
+        return Consumer(weight, np.asarray(np.linalg.inv(damped(covariance, damping))), columns, importance)
 
     @cached_property
     def rows(self) -> Array:

@@ -14,11 +14,12 @@ from spa.calibration import Calibration
 from spa.calibration.data import plural
 from spa.consumers import Tap, taps
 from spa.errors import UsageError
-from spa.executors.collect import Profile, Setup, covariances, profiles
+from spa.executors.collect import Profile, Setup, covariances, profiles, same_reading
 from spa.groups import Analysis, Group
 from spa.least_squares import Consumer, damped
 from spa.moments import Joint
 from spa.progress import Progress, silent
+from spa.shelf import Shelf
 from spa.sites import Site, find_sites
 
 FEWEST = 8
@@ -35,11 +36,15 @@ class Measured:
     setup: Setup = field(default_factory=Setup)
     cache: Cache = field(default_factory=Cache)
     progress: Progress = silent
+    shelf: Shelf = field(init=False)
     problems: dict[str, list[Consumer]] = field(default_factory=dict)
     """What a criterion made of the moments, by group."""
     _profiles: dict[tuple[str, int], Profile] = field(default_factory=dict)
     _inverses: dict[tuple[tuple[object, ...], int, float], NDArray[np.float64]] = field(default_factory=dict)
     _joints: dict[str, Joint] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.setup.memory // 4)
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -90,7 +95,9 @@ class Measured:
         """(Cov(x) + ridge)^-1 of one group of a site, [k c, k c]; kept for the next time."""
         key = (site.reading, group, damping)
         if key not in self._inverses:
-            self._inverses[key] = np.asarray(np.linalg.inv(damped(self.joint(site).covariance[group], damping)))
+            joint = self.joint(site)
+            inverse = np.linalg.inv(damped(joint.xx[group] / joint.rows, damping))
+            self._inverses[key] = self.shelf.keep(np.asarray(inverse))
         return self._inverses[key]
 
     def measure(self, sites: Iterable[Site]) -> None:
@@ -98,29 +105,36 @@ class Measured:
         missing = [site for site in sites if site.name not in self._joints]
         if not missing:
             return
-        leaders: dict[tuple[object, ...], str] = {}
-        for site in missing:
-            leaders.setdefault(site.reading, site.name)
-        names = [site.name for site in missing]
-        parts = self.cache.get("moments", self.data.digest, names)
+        rows = {reading: max(site.rows for site in same) for reading, same in same_reading(missing).items()}
+        requests = {site.name: [*site.reading, rows[site.reading]] for site in missing}
+        unknown = [site for site in missing if not self._recall(site, requests[site.name])]
+        if not unknown:
+            return
+        found = covariances(
+            self.analysis.coupling.model, unknown, self.data, self.setup, self.progress, self.shelf.keep
+        )
+        for site in unknown:
+            enough(site, found[site.name], self.data)
+            self._joints[site.name] = found[site.name]
+        for same in same_reading(unknown).values():
+            joint = found[same[0].name]
+            parts = {"rows": np.array(joint.rows), "mean": joint.mean_x, "xx": joint.xx}
+            self.cache.put("moments", self.data.digest, requests[same[0].name], parts)
+
+    def _recall(self, site: Site, request: list[object]) -> bool:
+        """Take moments from the cache, or from a site that reads the same."""
+        for other in self.sites:
+            if other.reading == site.reading and other.name in self._joints:
+                self._joints[site.name] = self._joints[other.name]
+                return True
+        parts = self.cache.get("moments", self.data.digest, request)
         if parts is None:
-            got = covariances(self.analysis.coupling.model, missing, self.data, self.setup, self.progress)
-            for site in missing:
-                enough(site, got[site.name], self.data)
-            parts = {}
-            for k, name in enumerate(leaders.values()):
-                joint = got[name]
-                parts |= {f"{k}.rows": np.array(joint.rows), f"{k}.mean": joint.mean_x, f"{k}.xx": joint.xx}
-            self.cache.put("moments", self.data.digest, names, parts)
-        joints = {}
-        for k, reading in enumerate(leaders):
-            mean, xx = parts[f"{k}.mean"], parts[f"{k}.xx"]
-            none = np.zeros((len(mean), 0))
-            joints[reading] = Joint(
-                int(parts[f"{k}.rows"]), mean, none, xx, np.zeros((len(mean), 0, xx.shape[1])), none
-            )
-        for site in missing:
-            self._joints[site.name] = joints[site.reading]
+            return False
+        mean, xx = parts["mean"], self.shelf.keep(parts["xx"])
+        none = np.zeros((len(mean), 0))
+        cross = np.zeros((len(mean), 0, xx.shape[1]))
+        self._joints[site.name] = Joint(int(parts["rows"]), mean, none, xx, cross, none)
+        return True
 
 
 def enough(site: Site, joint: Joint, data: Calibration) -> None:

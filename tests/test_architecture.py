@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors", "progress", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
-    {"axes", "cache", "inference", "runtime", "signature"},
+    {"axes", "cache", "inference", "runtime", "shelf", "signature"},
     {"external", "feeds", "footprint"},
     {"store", "bench", "calibration"},
     {"graph"},

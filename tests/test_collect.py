@@ -15,6 +15,7 @@ from spa.calibration import Calibration, load_calibration
 from spa.consumers import Tap, taps
 from spa.errors import UsageError
 from spa.executors.collect import Setup, covariances, profiles
+from spa.executors.flow import Flow
 from spa.executors.front import Front
 from spa.executors.segments import Segments, placed
 from spa.graph import load
@@ -345,3 +346,21 @@ def test_overflow_is_named() -> None:
         measured.joint(measured.sites[1])
     with pytest.raises(UsageError, match="NaN or infinite"):
         measured.profile(measured.taps(analysis.groups[0])[0])
+
+
+@pytest.mark.parametrize("name", ["residual_cnn", "vit_split", "decoder", "branches", "loop"])
+def test_values_in_stages(name: str) -> None:
+    """A model that is run in parts, because its activations do not fit, gives what it gives in one run."""
+    model = BUILT[name].build()
+    data = samples(model, 5)
+    parts = Segments.of(load(model).model)
+    names = [n for n, k in parts.producer.items() if k % 2 == 0 and n not in parts.constant]
+    whole, pieces = Flow(parts, names, data, 2, 1 << 30), Flow(parts, names, data, 2, 1)
+    for (size, one), (same, many) in zip(whole, pieces, strict=True):
+        assert size == same
+        (full,) = one
+        stages = list(many)
+        assert len(stages) > 1
+        assert sorted(n for values in stages for n in values) == sorted(names)
+        for n, value in ((n, v) for values in stages for n, v in values.items()):
+            np.testing.assert_allclose(fetch(value), fetch(full[n]), rtol=1e-4, atol=1e-4, err_msg=n)

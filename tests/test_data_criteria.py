@@ -255,7 +255,7 @@ def by_hand(model: str, group: str) -> list[Consumer]:
         assert columns.shape[1] == width
         matrix = w.reshape(len(w), -1)
         importance = 1 / np.einsum("md,de,me->", matrix, cov, matrix)
-        out.append(Consumer(matrix, cov, columns, float(importance), 1e-2))
+        out.append(Consumer.of(matrix, cov, columns, float(importance), 1e-2))
     return out
 
 

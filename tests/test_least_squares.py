@@ -131,7 +131,7 @@ def problem(rng: np.random.Generator, units: int, widths: list[int], damping: fl
             columns[u, rng.permutation(width)[:n]] = [next(order) for _ in range(n)]
         m = int(rng.choice([1, 3, 3 * d]))  # tall ones are rotated into less
         cov = covariance(samples(rng, 4 * d + 5, d))
-        out.append(Consumer(rng.normal(size=(m, d)), cov, columns, float(rng.uniform(0.2, 3)), damping))
+        out.append(Consumer.of(rng.normal(size=(m, d)), cov, columns, float(rng.uniform(0.2, 3)), damping))
     return out
 
 
@@ -139,7 +139,7 @@ def reference_loss(consumers: list[Consumer], removed: list[int]) -> float:
     """Least squares on samples that have exactly the given covariances (ridge included)."""
     total = 0.0
     for c in consumers:
-        cov = damped(c.covariance, c.damping)
+        cov = np.linalg.inv(c.inverse)
         root = np.linalg.cholesky(cov).T  # root.T root = cov: rows of samples around zero
         gone = sorted({k for u in removed for k in c.columns[u].tolist() if k >= 0})
         stay = [k for k in range(len(cov)) if k not in gone]
@@ -160,7 +160,7 @@ def test_the_loss_is_the_residual_of_a_fit_on_samples() -> None:
         gone = [k for u in removed for k in columns[u].tolist() if k >= 0]
         stay = [k for k in range(8) if k not in gone]
         expected = 2.5 * with_intercept(x[:, stay], x[:, gone] @ w[:, gone].T)[1]
-        consumer = Consumer(w, covariance(x), columns, 2.5, TINY)
+        consumer = Consumer.of(w, covariance(x), columns, 2.5, TINY)
         assert loss_of([consumer], np.array(removed)) == pytest.approx(expected, rel=1e-7)
     assert loss_of([consumer], np.array([], dtype=np.int64)) == 0.0
 
@@ -260,16 +260,17 @@ def test_duplicates_leave_for_nothing() -> None:
     rng = np.random.default_rng(11)
     x = rng.normal(size=(400, 4))
     x = np.hstack([x, x @ rng.normal(size=(4, 3))])
-    consumer = Consumer(rng.normal(size=(6, 7)), covariance(x), np.arange(7)[:, None], 1.0, 1e-8)
+    spread = covariance(x)
+    consumer = Consumer.of(rng.normal(size=(6, 7)), spread, np.arange(7)[:, None], 1.0, 1e-8)
     found = greedy([consumer])
-    scale = float(np.sum(consumer.weight @ consumer.covariance * consumer.weight))
+    scale = float(np.sum(consumer.weight @ spread * consumer.weight))
     assert found.loss[3] < 1e-6 * scale
     assert found.loss[4] > 1e-3 * scale
 
 
 def test_unread_units_cost_nothing() -> None:
     columns = np.array([[0], [-1], [1]])
-    consumer = Consumer(np.ones((2, 2)), np.eye(2), columns, 1.0, 0.0)
+    consumer = Consumer.of(np.ones((2, 2)), np.eye(2), columns, 1.0, 0.0)
     np.testing.assert_allclose(one_shot([consumer]), [2, 0, 2])
     assert greedy([consumer]).order[0] == 1
     assert loss_of([consumer], np.array([1])) == 0.0

@@ -31,11 +31,10 @@ def consumers(group: Group, measured: Measured) -> list[Consumer]:
     for tap in measured.readers(group):
         assert tap.site is not None
         joint, weight, columns = measured.joint(tap.site), tap.site.weights, tap.columns(group.units)
-        covariance = joint.covariance
-        total = float(np.einsum("gmd,gde,gme->", weight, covariance, weight, optimize=True))
+        total = float(np.einsum("gmd,gde,gme->", weight, joint.xx, weight, optimize=True)) / joint.rows
         importance = 1.0 / max(total, 1e-30)
         out += [
-            Consumer(weight[g], covariance[g], columns[g], importance, DAMPING, measured.inverse(tap.site, g, DAMPING))
+            Consumer(weight[g], measured.inverse(tap.site, g, DAMPING), columns[g], importance)
             for g in range(len(weight))
         ]
     return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from spa.calibration import Calibration
 from spa.executors import kernels
+from spa.executors.flow import Flow
 from spa.executors.meter import ENOUGH, Meter
-from spa.executors.segments import Segments, placed
+from spa.executors.segments import Segments
 from spa.moments import Joint
 from spa.progress import Progress, silent
-from spa.runtime import Provider
+from spa.runtime import Provider, Value
 from spa.sites import Site
+
+Keep = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,23 @@ def profiles(
 ) -> dict[tuple[str, int], Profile]:
     """Profile of each tap, by its key, in one pass."""
     parts = Segments.of(model, setup.provider, setup.threads)
+    at: dict[str, dict[tuple[str, int], Channels]] = {}
+    for tap in taps:
+        at.setdefault(tap.key[0], {})[tap.key] = tap
     found: dict[tuple[str, int], list[tuple[NDArray[np.float64], int]]] = {tap.key: [] for tap in taps}
-    run = parts.runner([tap.value.name or "" for tap in taps], (), optimize=True)
     done = 0
     progress("collect", done, data.samples)
-    for batch in data.batches(setup.batch):
-        values = run(placed(batch))
-        for tap in {t.key: t for t in taps}.values():
-            kind = ir.DataType(parts.types.get(tap.key[0], 0) or int(ir.DataType.FLOAT))
-            x = values[tap.key[0]]
-            found[tap.key].append(
-                kernels.profile(tap.rank, tap.axis, kind, x, _size(batch), provider=setup.provider,
-                                threads=setup.threads)
-            )  # fmt: skip
-        done += _size(batch)
+    for size, stages in Flow(parts, list(at), data, setup.batch, setup.memory // 2):
+        for values in stages:
+            for name, x in values.items():
+                kind = ir.DataType(parts.types.get(name, 0) or int(ir.DataType.FLOAT))
+                for key, tap in at[name].items():
+                    found[key].append(
+                        kernels.profile(
+                            tap.rank, tap.axis, kind, x, size, provider=setup.provider, threads=setup.threads
+                        )
+                    )
+        done += size
         progress("collect", done, data.samples)
     out = {}
     for key, pieces in found.items():
@@ -118,37 +124,71 @@ def profiles(
 
 
 def covariances(
-    model: ir.Model, sites: Sequence[Site], data: Calibration, setup: Setup, progress: Progress = silent
+    model: ir.Model,
+    sites: Sequence[Site],
+    data: Calibration,
+    setup: Setup,
+    progress: Progress = silent,
+    keep: Keep = lambda array: array,
 ) -> dict[str, Joint]:
     """Moments of the inputs of each site, by the name of the site: as many passes as the memory asks for.
 
-    Sites that read the same (`Site.reading`) share one measurement, and one result.
+    Sites that read the same (`Site.reading`) share one measurement, and one result. Matrices that are finished go
+    through `keep`.
     """
     parts = Segments.of(model, setup.provider, setup.threads)
-    shared: dict[tuple[object, ...], list[Site]] = {}
-    for site in sites:
-        shared.setdefault(site.reading, []).append(site)
+    shared = same_reading(sites)
     widest = [max(same, key=lambda site: site.rows) for same in shared.values()]
     weights = [8 * site.groups * site.columns * (site.columns + ENOUGH // 2) for site in widest]
-    blocks = list(_blocks(widest, weights, setup.memory))
+    blocks = list(_blocks(widest, weights, setup.memory // 4))
     found: dict[str, Joint] = {}
     done = 0
     progress("collect", done, len(blocks) * data.samples)
     for block in blocks:
-        meters = [Meter(site, data.samples, dtypes=_types(parts, site), provider=setup.provider,
-                        threads=setup.threads) for site in block]  # fmt: skip
-        run = parts.runner([site.data.name or "" for site in block], (), optimize=True)
-        for batch in data.batches(setup.batch):
-            values = run(placed(batch))
-            for meter in meters:
-                meter.add(values[meter.site.data.name or ""])
-            done += _size(batch)
+        meters = _Meters(parts, block, data, setup)
+        for size, stages in Flow(parts, list(meters.at), data, setup.batch, setup.memory // 4):
+            for values in stages:
+                meters.take(values)
+            done += size
             progress("collect", done, len(blocks) * data.samples)
-        for meter in meters:
-            moments = meter.moments()
-            if moments is not None:
-                found.update((site.name, moments) for site in shared[meter.site.reading])
+        for site, moments in meters.close():
+            moments.xx = keep(moments.xx)
+            found.update((same.name, moments) for same in shared[site.reading])
     return found
+
+
+def same_reading(sites: Iterable[Site]) -> dict[tuple[object, ...], list[Site]]:
+    """Sites by what they read."""
+    out: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        out.setdefault(site.reading, []).append(site)
+    return out
+
+
+class _Meters:
+    """One meter per site of a block."""
+
+    def __init__(self, parts: Segments, sites: Sequence[Site], data: Calibration, setup: Setup) -> None:
+        self.at: dict[str, list[Meter]] = {}
+        for site in sites:
+            meter = Meter(
+                site, data.samples, dtypes=_types(parts, site), provider=setup.provider, threads=setup.threads
+            )
+            self.at.setdefault(site.data.name or "", []).append(meter)
+
+    def take(self, values: Mapping[str, Value]) -> None:
+        for name, x in values.items():
+            for meter in self.at[name]:
+                meter.add(x)
+
+    def close(self) -> Iterator[tuple[Site, Joint]]:
+        """The moments, one site after the other; what a meter held is given up."""
+        for meters in self.at.values():
+            while meters:
+                meter = meters.pop()
+                moments = meter.moments()
+                if moments is not None:
+                    yield meter.site, moments
 
 
 def _types(parts: Segments, site: Site) -> tuple[ir.DataType, ir.DataType]:
@@ -156,16 +196,12 @@ def _types(parts: Segments, site: Site) -> tuple[ir.DataType, ir.DataType]:
     return ir.DataType(found[0]), ir.DataType(found[1])
 
 
-def _size(batch: dict[str, NDArray[np.generic]]) -> int:
-    return len(next(iter(batch.values())))
-
-
 def _blocks(sites: Sequence[Site], weights: Sequence[int], memory: int) -> Iterator[list[Site]]:
-    """Cut `sites` into runs whose weights stay below half of the memory; the other half is for activations."""
+    """Cut `sites` into runs whose weights stay below `memory`."""
     block: list[Site] = []
     taken = 0
     for site, weight in zip(sites, weights, strict=True):
-        if block and taken + weight > memory // 2:
+        if block and taken + weight > memory:
             yield block
             block, taken = [], 0
         block.append(site)

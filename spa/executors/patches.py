@@ -110,12 +110,14 @@ def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDAr
     """Output positions that are looked at: the same for all samples, chosen by the name of the input.
 
     As many as make the moments cost what the operator costs itself; more if it takes more to have `least` rows per
-    column over all samples, but then at most twice that cost, unless it is next to nothing.
+    column over all samples, but then at most twice that cost, unless it is next to nothing. Never fewer than give a
+    row for every four columns.
     """
     affordable = positions * site.rows / site.columns
     needed = least * site.columns / max(samples, 1)
     cheap = _CHEAP / (max(samples, 1) * site.groups * site.columns**2)
-    count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), 1), positions))
+    fewest = math.ceil(site.columns / (4 * max(samples, 1)))
+    count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), fewest), positions))
     if count == positions:
         return np.arange(positions)
     rng = np.random.default_rng(zlib.crc32((site.data.name or "").encode()))
