@@ -335,8 +335,8 @@ def test_halves(name: str) -> None:
         halves.split(one, two)
         plain.add(one, two)
     at = chosen_positions(site, x, 9)
-    total, parts = halves.join()
-    for k, half in enumerate(parts):
+    first, second = halves.halves()
+    for k, half in enumerate((first, second)):
         assert half is not None
         cov, cross, _ = reference(patches(site, x[k::2], at), outputs(site, y[k::2], at), site.groups)
         assert cross is not None
@@ -344,12 +344,14 @@ def test_halves(name: str) -> None:
         close(half.cross, cross)
     whole = plain.moments()
     assert whole is not None
-    assert total.rows == whole.rows
-    close(total.covariance, whole.covariance)
-    close(total.cross, whole.cross)
+    assert second is not None
+    first.merge(second)
+    assert first.rows == whole.rows
+    close(first.covariance, whole.covariance)
+    close(first.cross, whole.cross)
     single = Meter(site, 1, width=width)
     single.split(place(x[:1]), {"t": place(y[:1])})
-    assert single.join()[1][1] is None
+    assert single.halves()[1] is None
 
 
 def test_wide_inputs_in_many_batches() -> None:

@@ -148,13 +148,16 @@ def _solve(
 ) -> None:
     """Give one site its new weights and bias, in the pruned model and in `parts`, which runs it."""
     site = task.pair.pruned
-    moments, halves = task.meter.join()
+    moments, other = task.meter.halves()
     tensor = constant_of(site.weight)
     assert tensor is not None
     prior = site.matrix(tensor.numpy())
-    damping = cross_validated(halves, prior) if damping is None else damping
-    solved = [Refitter(moments.covariance[k], prior[k], damping) for k in range(site.groups)]
-    new = np.stack([s(moments.cross[k]) for k, s in enumerate(solved)])
+    damping = cross_validated((moments, other), prior) if damping is None else damping
+    if other is not None:
+        moments.merge(other)
+    task.meter.clear()
+    solved = [Refitter(c, w, damping) for c, w in zip(moments.covariance, prior, strict=True)]
+    new = np.stack([s(c) for s, c in zip(solved, moments.cross, strict=True)])
     offset = moments.mean_t - np.einsum("gmd,gd->gm", new, moments.mean_x)
     for _ in range(bends if task.pair.behind.bends else 0):
         more = _bend(task, new, offset)
@@ -163,7 +166,7 @@ def _solve(
             task.add(dense, small, more)
         bent = task.meter.moments()
         assert bent is not None
-        new = np.stack([s(bent.cross[k]) for k, s in enumerate(solved)])
+        new = np.stack([s(c) for s, c in zip(solved, bent.cross, strict=True)])
         offset = bent.mean_t - np.einsum("gmd,gd->gm", new, bent.mean_x)
     array = site.stored(new)
     exchange(site.weight, array)
@@ -180,8 +183,8 @@ def cross_validated(halves: tuple[Joint, Joint | None], prior: NDArray[np.float6
     total = np.zeros(len(DAMPINGS))
     for fit, test in ((first, second), (second, first)):
         if prior.shape[2] <= LARGEST or fit is first:
-            for k, weight in enumerate(prior):
-                total += transfer(fit.covariance[k], fit.cross[k], test.covariance[k], test.cross[k], weight)
+            for moments in zip(fit.covariance, fit.cross, test.covariance, test.cross, prior, strict=True):
+                total += transfer(*moments)
     return DAMPINGS[int(np.argmin(total))]
 
 

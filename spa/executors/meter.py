@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -116,16 +115,13 @@ class Meter:
         """Forget all batches."""
         self._sums = [_Sum(), _Sum()]
 
-    def join(self) -> tuple[Joint, tuple[Joint, Joint | None]]:
-        """All, and both halves, which are one if there is one sample only."""
+    def halves(self) -> tuple[Joint, Joint | None]:
+        """What `split` put apart; one if there is one sample only. Add them up yourself: they are large."""
         for each in self._sums:
             self._reduce(each)
         first, second = (each.total for each in self._sums)
         assert first is not None
-        total = copy.deepcopy(first)
-        if second is not None:
-            total.merge(second)
-        return total, (first, second)
+        return first, second
 
     def _pick(self, shape: tuple[int, ...]) -> kernels.Picks:
         key = shape[1:]
