@@ -22,7 +22,7 @@ LAYERS = (
     {"coupling"},
     {"cost", "exactness", "sites"},
     {"groups", "executors"},
-    {"consumers"},
+    {"consumers", "interpreter"},
     {"measured"},
     {"evidence", "plan"},
     {"criteria", "removal"},

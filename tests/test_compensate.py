@@ -362,8 +362,6 @@ def test_obs_never_hurts_one_group(name: str) -> None:
 @pytest.mark.parametrize("how", ["bias", "obs-dense", "obs", "norm"])
 def test_the_same_every_time(name: str, how: str) -> None:
     """Bit for bit; and with another batch size or with little memory up to rounding."""
-    if (name, how) == ("vit", "norm"):
-        pytest.skip("layer norms have no statistics")
     model = trained(name)
     analysis, data = spa.analyze(model), _data(model, 48)
     removed = _third(analysis)
@@ -422,6 +420,24 @@ def test_folded_norms_are_matched_channel_by_channel() -> None:
         assert np.mean(np.abs(ratio - 1) < 1e-2) > 0.9
     bare = compensated(analysis, data, removed, "none")
     assert error(model, small, data) < error(model, bare, data)
+
+
+def test_readers_of_layer_norms_are_matched_output_by_output() -> None:
+    model = trained("vit")
+    analysis, data = spa.analyze(model), _data(model)
+    removed = _third(analysis)
+    small = compensated(analysis, data, removed, "norm")
+    kept = kept_without(analysis, removed)
+    pairs = [p for p in pair_up(analysis, kept, rewritten(analysis, kept)) if p.pruned.layout == "tokens"]
+    assert len(pairs) > 5
+    names = [p.pruned.name for p in pairs]
+    after, before = activations(small, data, names), activations(model, data, names)
+    for p in pairs:
+        x, y = (a[p.pruned.name].astype(np.float64).reshape(-1, a[p.pruned.name].shape[-1]) for a in (after, before))
+        y = y[:, p.outputs]
+        alive = x.std(0) > 0.11 * y.std(0)  # the factor is at most 10
+        np.testing.assert_allclose(x.std(0)[alive], y.std(0)[alive], rtol=2e-2)
+        assert alive.mean() > 0.9
 
 
 @pytest.mark.parametrize("name", ["conv no bias", "conv", "gemm shared bias"])

@@ -1,8 +1,9 @@
 """Statistics that were learned on the original model, estimated again on the pruned one.
 
 BatchNormalization nodes get the mean and variance of what they now read, in forward order, as each changes what the
-next one sees. Where the exporter folded them away, every site whose input changed gets the per-channel affine map that
-gives its output the original's mean and variance: y' = (y - m') s / s' + m, folded into its weights and bias.
+next one sees. Where the exporter folded them away, and behind layer norms (which have no statistics of their own, but
+whose readers were trained on what they gave), every site whose input changed gets the per-channel affine map that gives
+its output the original's mean and variance: y' = (y - m') s / s' + m, folded into its weights and bias.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def recalibrate(
     analysis: Analysis, kept: Mask, twin: Twin, data: Calibration, setup: Setup, progress: Progress = silent
 ) -> int:
     """Estimate all statistics of the pruned model `twin` anew; returns how many places changed."""
-    pairs = [p for p in pair_up(analysis, kept, twin) if p.pruned.layout != "tokens" and not _normed(p)]
+    pairs = [p for p in pair_up(analysis, kept, twin) if not _normed(p)]
     biases = {pair: bias_of(twin, pair.pruned) for pair in pairs}
     after = Segments.of(twin.model, setup.provider, setup.threads)
     before = Segments.of(analysis.coupling.model, setup.provider, setup.threads) if pairs else None
@@ -56,7 +57,7 @@ def recalibrate(
         for k, node in enumerate(n for n in twin.model.graph)
         if node.op_type == "BatchNormalization" and node.inputs[0] is not None and node.inputs[0].name in mine
     ]
-    points += [_Point(after.producer[p.pruned.name] + 1, p.pruned.name, pair=p, bias=biases[p]) for p in pairs]
+    points += [_Point(after.producer[p.matched] + 1, p.matched, pair=p, bias=biases[p]) for p in pairs]
     front = Front(after, data, setup.batch, setup.memory // 8)
     other = Front(before, data, setup.batch, setup.memory // 8, beside=front) if before is not None else None
     ordered = sorted(points, key=lambda p: p.position)
@@ -64,12 +65,13 @@ def recalibrate(
     for k, point in enumerate(ordered):
         # the cut stays before the node that is about to change
         at = point.position if point.pair is None else point.position - 1
-        mean, variance = _moments(front.at(at, [point.value]), point.value, after, setup)
+        axis = -1 if point.pair is not None and point.pair.pruned.layout == "tokens" else 1
+        mean, variance = _moments(front.at(at, [point.value]), point.value, axis, after, setup)
         if point.norm is not None:
             _set_norm(point.norm, mean, variance, after)
         elif point.pair is not None and other is not None and before is not None and point.bias is not None:
-            name = point.pair.original.name
-            wanted = _moments(other.at(before.producer[name], [name]), name, before, setup)
+            name = point.pair.target
+            wanted = _moments(other.at(before.producer[name], [name]), name, axis, before, setup)
             rows = point.pair.outputs
             _match(point.pair, point.bias, (mean, variance), (wanted[0][rows], wanted[1][rows]), after)
         progress("norms", k + 1, len(ordered))
@@ -82,15 +84,16 @@ def _normed(pair: Pair) -> bool:
 
 
 def _moments(
-    window: Window, name: str, parts: Segments, setup: Setup
+    window: Window, name: str, axis: int, parts: Segments, setup: Setup
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     rows, counts = [], []
     kind = ir.DataType(parts.types.get(name, 0) or int(ir.DataType.FLOAT))
     for values in window:
         x = values[name]
         shape = x.shape()
+        rank = len(shape)
         got, positions = kernels.profile(
-            len(shape), 1, kind, x, int(shape[0]), provider=setup.provider, threads=setup.threads
+            rank, axis % rank, kind, x, int(shape[0]), provider=setup.provider, threads=setup.threads
         )
         rows.append(got)
         counts.append(np.full(len(got), positions, dtype=np.int64))
@@ -118,7 +121,8 @@ def _match(pair: Pair, bias: Bias, have: _Moments, want: _Moments, parts: Segmen
     factor = np.where(have[1] > 0, np.clip(factor, 1 / _LARGEST, _LARGEST), 1.0)
     array = site.stored(site.weights * factor.reshape(site.groups, site.rows, 1))
     exchange(site.weight, array)
-    parts.override(site.weight.name or "", array)
+    stored = constant_of(site.weight)
+    parts.override(site.weight.name or "", array if stored is None else array.reshape(stored.shape.numpy()))
     inner = bias.read() if bias.inside else np.zeros(len(factor))
     shift = want[0] - factor * (have[0] - inner)
     parts.override(bias.value.name or "", bias.write(shift if bias.inside else bias.read() + shift))

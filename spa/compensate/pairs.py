@@ -49,7 +49,16 @@ class Pair:
     @property
     def target(self) -> str:
         """What the outputs of the pruned site should be: a value of the original model."""
-        return self.original.name + SUFFIX if self.original.fused else self.original.name
+        return _linear(self.original)
+
+    @property
+    def matched(self) -> str:
+        """The value of the pruned model that should be like `target`."""
+        return _linear(self.pruned)
+
+
+def _linear(site: Site) -> str:
+    return site.name + SUFFIX if site.fused else site.name
 
 
 def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
