@@ -1,4 +1,4 @@
-"""What criteria may ask for: the weights, as sums over everything but one axis, and what was measured on data."""
+"""What criteria may ask for: sums of the weights, what was measured on samples, and derivatives."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from spa.coupling import Coupling
 from spa.errors import UsageError
+from spa.gradients import Gradients
 from spa.groups import Analysis, Group, Member
 from spa.measured import Measured
 
@@ -27,6 +28,8 @@ class Evidence:
     seed: int = 0
     data: Measured | None = None
     """Measurements on calibration samples, if there are any."""
+    derivatives: Gradients | None = None
+    """Of a loss on these samples."""
     _sums: dict[tuple[ir.Value, int], list[Vector]] = field(default_factory=dict)
 
     @property
@@ -41,6 +44,19 @@ class Evidence:
                 "this criterion looks at activations: give --calibration PATH, or --calibration none to make inputs up"
             )
         return self.data
+
+    @property
+    def gradients(self) -> Gradients:
+        """Derivatives of a loss on calibration samples.
+
+        Raises:
+            UsageError: there are no samples.
+        """
+        if self.derivatives is None:
+            raise UsageError(
+                "this criterion looks at gradients: give --calibration PATH, or --calibration none to make inputs up"
+            )
+        return self.derivatives
 
     def power_sums(self, member: Member, power: Literal[1, 2]) -> Vector:
         """sum |w|^power over the slice of each position of the member's axis, float64 [size of the axis]."""

@@ -45,7 +45,7 @@ class Method:
     @property
     def needs_data(self) -> str:
         """Which part of it needs calibration samples; empty if none does."""
-        if CRITERIA[self.criterion].needs == "data":
+        if CRITERIA[self.criterion].needs != "weights":
             return f"criterion {self.criterion}"
         for part, value in (("compensate", self.compensate), ("recalibrate", self.recalibrate)):
             if value != "none":
@@ -99,6 +99,22 @@ _TABLE: dict[str, Method] = {
         "DVBP and OB2C (arXiv 2608.17657): denoised variance, closed-form weights and bias",
         "feature-moment",
         compensate="obs-dense",
+    ),
+    "fisher-obs": Method(
+        "Fisher information of gates (arXiv 2204.09656), widths by loss per cost, refit on the pruned prefix",
+        "fisher",
+        allocation="efficient",
+        compensate="obs",
+    ),
+    "hap": Method(
+        "HAP (arXiv 2101.08940) on gates: second derivatives, one threshold, norms re-estimated",
+        "hap",
+        recalibrate="norm",
+    ),
+    "michel": Method(
+        "Michel et al. (arXiv 1905.10650): heads by the gradient of their gate",
+        "heads",
+        kinds=("head", "kv-head"),
     ),
     "minitron-width": Method(
         "Minitron's width pruning (arXiv 2407.14679): activation norms, same share of each group",

@@ -148,6 +148,7 @@ def prune(
     preprocess: Any = None,
     tokenizer: str | os.PathLike[str] | None = None,
     max_length: int | None = None,
+    loss: Any = "auto",
     memory: str | int = "4GB",
     provider: Provider = "cpu",
     cache: str | os.PathLike[str] | None = None,
@@ -183,6 +184,8 @@ def prune(
         preprocess: how images become inputs, see `spa.load_calibration`.
         tokenizer: `tokenizer.json` for texts.
         max_length: tokens per text.
+        loss: for criteria that need gradients: `ce` (labels of the samples), `sampled` (labels drawn from the model's
+            own outputs), `gaussian`, `lm`, `auto`, or a callable, see `spa.interpreter.objective`.
         memory: what measurements and activations may take, such as `4GB`.
         provider: where samples are run: `cpu`, `cuda`, or `auto`.
         cache: folder in which measurements are kept for further queries; None keeps nothing.
@@ -245,7 +248,7 @@ def prune(
                 dims=dims,
             )
     store = Cache(None if cache is None else Path(cache), graph.sha256)
-    query = Query(analysis, targets, scope, tuple(kinds), tuple(ignore), align, keep)
+    query = Query(analysis, targets, scope, tuple(kinds), tuple(ignore), align, keep, loss)
     studies = [Study(query, m, seed, data, setup, store, clock.progress) for m in chosen]
     if len(studies) > 1:
         with clock.stage("compare"):

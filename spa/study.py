@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from spa.errors import TargetError
 from spa.evidence import Evidence, Vector
 from spa.executors.collect import Setup
 from spa.executors.segments import Segments
+from spa.gradients import Gradients
 from spa.groups import Analysis, Group
 from spa.least_squares import swapped
 from spa.measured import Measured
@@ -77,6 +79,8 @@ class Query:
     ignore: Sequence[str]
     align: Align
     min_keep: MinKeep | None
+    loss: Any = "auto"
+    """Of which derivatives are taken, see `spa.gradients`."""
 
 
 class Study:
@@ -103,7 +107,12 @@ class Study:
         self.measured = (
             None if data is None else Measured(self.analysis, self.groups, data, self.setup, self.cache, progress)
         )
-        self.evidence = Evidence(self.analysis, seed, self.measured)
+        derivatives = (
+            None
+            if data is None
+            else Gradients(self.analysis, self.groups, data, query.loss, self.setup, seed, self.cache, progress)
+        )
+        self.evidence = Evidence(self.analysis, seed, self.measured, derivatives)
 
     def _choose(self) -> list[Group]:
         query, method = self.query, self.method

@@ -23,7 +23,7 @@ LAYERS = (
     {"cost", "exactness", "sites"},
     {"groups", "executors"},
     {"consumers", "interpreter"},
-    {"measured"},
+    {"gradients", "measured"},
     {"evidence", "plan"},
     {"criteria", "removal"},
     {"budget", "rewrite"},

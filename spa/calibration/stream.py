@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.calibration.arrays import as_labels, fit, named
+from spa.calibration.arrays import LABELS, as_labels, fit, named
 from spa.calibration.data import Array, Calibration, assemble, fixed_batch, select
 from spa.errors import UsageError
 from spa.signature import InputSpec
@@ -24,8 +24,8 @@ def load_stream(
     """Batches with a leading axis of samples: all of them are read, and those of the same shapes make one bucket.
 
     Args:
-        source: an array, a mapping from input name to array, or an iterable of arrays, of such mappings, or of pairs
-            of either and labels.
+        source: an array, a mapping from input name to array (and perhaps from `labels`), or an iterable of arrays, of
+            such mappings, or of pairs of either and labels.
         specs: the model's inputs.
         bounds: see `fit`.
         samples: at most so many, evenly spread.
@@ -78,6 +78,8 @@ def _item(
         item, labels = item
     if isinstance(item, Mapping):
         arrays = {str(name): _array(value, where) for name, value in item.items()}
+        if labels is None and LABELS not in {spec.name for spec in specs}:
+            labels = arrays.pop(LABELS, None)
     else:
         array = _array(item, where)
         if len(specs) != 1:

@@ -29,5 +29,5 @@ def methods(json: Json = False) -> None:
     rows.append(("auto", "", "", "", "data", "the one of several that does best on samples held out"))
     screen.print(output.table(("method", "criterion", "widths", "compensates", "needs", "what it is"), rows))
     screen.print()
-    found = [(c.name, "data" if c.needs == "data" else "-", c.text) for c in CRITERIA.values()]
+    found = [(c.name, "-" if c.needs == "weights" else c.needs, c.text) for c in CRITERIA.values()]
     screen.print(output.table(("criterion", "needs", "what it is"), found))

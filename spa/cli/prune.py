@@ -102,6 +102,10 @@ def prune(
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(metavar="tokenizer.json", help="Tokenizer for texts.")] = None,
     max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens per text.", min=1)] = None,
+    loss: Annotated[
+        Literal["auto", "ce", "sampled", "gaussian", "lm"],
+        typer.Option(help="What gradients are taken of: labels of the samples, or none needed (sampled, gaussian)."),
+    ] = "auto",
     memory: Annotated[str, typer.Option(metavar="SIZE", help="What measurements may take.")] = "4GB",
     provider: Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where samples are run.")] = "cpu",
     cache: Annotated[
@@ -165,6 +169,7 @@ def prune(
             preprocess=preprocess,
             tokenizer=tokenizer,
             max_length=max_length,
+            loss=loss,
             memory=memory,
             provider=provider,
             cache=None if no_cache else cache or default_folder(),

@@ -8,12 +8,26 @@ from spa.criteria.base import AGGREGATIONS, NORMALISATIONS, Aggregation, Criteri
 from spa.criteria.cfsp import CFSP
 from spa.criteria.feature_moment import FEATURE_MOMENT
 from spa.criteria.fluctuation import FLUCTUATION
+from spa.criteria.gates import GATES
 from spa.criteria.obspa import OBSPA
 from spa.criteria.variance import VARIANCE
+from spa.criteria.weight_gradients import WEIGHT_GRADIENTS
 from spa.criteria.weights import WEIGHTS
 
 CRITERIA: dict[str, Criterion] = {
-    c.name: c for c in (*WEIGHTS, *OBSPA, VARIANCE, FLUCTUATION, *ACTIVATION, AMP, CFSP, FEATURE_MOMENT)
+    c.name: c
+    for c in (
+        *WEIGHTS,
+        *OBSPA,
+        VARIANCE,
+        FLUCTUATION,
+        *ACTIVATION,
+        AMP,
+        CFSP,
+        FEATURE_MOMENT,
+        *GATES,
+        *WEIGHT_GRADIENTS,
+    )
 }
 
 __all__ = [

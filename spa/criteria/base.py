@@ -27,8 +27,8 @@ class Criterion:
     """One line: the formula and its source."""
     members: Callable[[Group, Evidence], Sequence[Vector]]
     """Per member that counts, one score per unit, [units] each."""
-    needs: Literal["weights", "data"] = "weights"
-    """What it looks at; `data` asks for calibration samples."""
+    needs: Literal["weights", "data", "gradients"] = "weights"
+    """What it looks at; `data` asks for calibration samples, `gradients` for torch as well."""
 
     def score(self, group: Group, evidence: Evidence, aggregation: Aggregation = "mean") -> Vector:
         """Importance of each unit, [units]; larger is kept longer."""
