@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spa.axes import Axis
 from spa.groups import Analysis, Group
-from spa.rules import Operand
+from spa.rules import Flow, Op, Operand
 from spa.sites import Site
 
 Index = NDArray[np.int64]
@@ -60,39 +61,49 @@ def taps(analysis: Analysis, groups: Sequence[Group], sites: Sequence[Site]) -> 
 
     An operator that only passes a unit on is none of them; a weight is none.
     """
-    coupling = analysis.coupling
-    solution = coupling.solution
     by_node = {site.node: site for site in sites}
-    ops = {op.node: op for op in coupling.ops if op.node.graph is coupling.model.graph}
-    out: dict[str, list[Tap]] = {group.name: [] for group in groups}
-    owner: dict[int, list[Group]] = {}
-    for group in groups:
-        for leaf in group.leaves:
-            owner.setdefault(leaf, []).append(group)
-    found: dict[tuple[str, ir.Node, int, int], set[int]] = {}
     operands: dict[tuple[ir.Node, int], Operand] = {}
-    for flow in coupling.relations.flows:
-        if flow.leaving != "sum" or flow.node not in ops:
-            continue
-        for leaf in set(solution.leaves(flow.axis)) & owner.keys():
-            for slot, d in flow.inputs:
-                operand = ops[flow.node].inputs[slot]
-                if operand is not None and not operand.constant:
-                    operands[flow.node, slot] = operand
-                    for group in owner[leaf]:
-                        found.setdefault((group.name, flow.node, slot, d), set()).add(leaf)
+    found: dict[tuple[str, ir.Node, int, int], set[int]] = {}
+    for flow, op, leaf, owners in sums(analysis, groups):
+        for slot, d in flow.inputs:
+            operand = op.inputs[slot]
+            if operand is not None and not operand.constant:
+                operands[op.node, slot] = operand
+                for group in owners:
+                    found.setdefault((group.name, op.node, slot, d), set()).add(leaf)
     by_name = {group.name: group for group in groups}
+    out: dict[str, list[Tap]] = {group.name: [] for group in groups}
     for (name, node, slot, d), leaves in found.items():
-        group, operand = by_name[name], operands[node, slot]
-        unit = np.full(solution.positions, -1, dtype=np.int64)
-        unit[group.positions] = np.arange(group.units)[:, None]
-        mine = np.full_like(unit, -1)
-        for leaf in leaves:
-            span = slice(solution.base[leaf], solution.base[leaf + 1])
-            mine[span] = unit[span]
-        units = solution.spread(operand.dims[d], mine)
+        operand = operands[node, slot]
+        units = units_along(analysis, by_name[name], leaves, operand.dims[d])
         if (units >= 0).any():
             site = by_node.get(node)
             site = site if site is not None and operand.value is site.data else None
             out[name].append(Tap(operand.value, d, len(operand.dims), units, site))
     return out
+
+
+def sums(analysis: Analysis, groups: Sequence[Group]) -> Iterator[tuple[Flow, Op, int, list[Group]]]:
+    """Where the main graph sums over units: the flow, its operator, the leaf, and the groups that own it."""
+    coupling = analysis.coupling
+    ops = {op.node: op for op in coupling.ops if op.node.graph is coupling.model.graph}
+    owner: dict[int, list[Group]] = {}
+    for group in groups:
+        for leaf in group.leaves:
+            owner.setdefault(leaf, []).append(group)
+    for flow in coupling.relations.flows:
+        if flow.leaving == "sum" and flow.node in ops:
+            for leaf in set(coupling.solution.leaves(flow.axis)) & owner.keys():
+                yield flow, ops[flow.node], leaf, owner[leaf]
+
+
+def units_along(analysis: Analysis, group: Group, leaves: Iterable[int], dim: Axis) -> Index:
+    """Per position of a dim the unit of `group` it belongs to by one of `leaves`, -1 for none."""
+    solution = analysis.coupling.solution
+    unit = np.full(solution.positions, -1, dtype=np.int64)
+    unit[group.positions] = np.arange(group.units)[:, None]
+    mine = np.full_like(unit, -1)
+    for leaf in leaves:
+        span = slice(solution.base[leaf], solution.base[leaf + 1])
+        mine[span] = unit[span]
+    return solution.spread(dim, mine)

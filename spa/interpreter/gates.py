@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spa.consumers import sums, units_along
 from spa.errors import UsageError
 from spa.groups import Analysis, Group
 from spa.interpreter.plan import Read
-from spa.rules import Flow, Op
+from spa.rules import Flow, Op, Operand
 
 Index = NDArray[np.int64]
 
@@ -143,36 +144,22 @@ Parts = dict[tuple[ir.Node, int, int], list[tuple[int, str, Index]]]
 
 def _reads(analysis: Analysis, groups: Sequence[Group]) -> Parts:
     """(node, slot, axis) -> [(rank, group, unit per position of the axis or -1), ...]."""
-    coupling, solution = analysis.coupling, analysis.coupling.solution
-    ops = {op.node: op for op in coupling.ops if op.node.graph is coupling.model.graph}
-    owner: dict[int, list[Group]] = {}
-    for group in groups:
-        for leaf in group.leaves:
-            owner.setdefault(leaf, []).append(group)
     found: dict[tuple[ir.Node, int, int], dict[str, set[int]]] = {}
-    for flow in coupling.relations.flows:
-        if flow.leaving != "sum" or flow.node not in ops:
-            continue
-        leaves = set(solution.leaves(flow.axis)) & owner.keys()
-        chosen = _choice(flow, ops[flow.node]) if leaves else None
-        for leaf in leaves if chosen is not None else ():
-            assert chosen is not None
-            for group in owner[leaf]:
-                found.setdefault((flow.node, *chosen), {}).setdefault(group.name, set()).add(leaf)
+    operands: dict[tuple[ir.Node, int], Operand] = {}
+    for flow, op, leaf, owners in sums(analysis, groups):
+        chosen = _choice(flow, op)
+        if chosen is not None:
+            operand = op.inputs[chosen[0]]
+            assert operand is not None
+            operands[op.node, chosen[0]] = operand
+            for group in owners:
+                found.setdefault((op.node, *chosen), {}).setdefault(group.name, set()).add(leaf)
     by_name = {group.name: group for group in groups}
     out: Parts = {}
     for (node, slot, d), parts in found.items():
-        operand = ops[node].inputs[slot]
-        assert operand is not None
+        operand = operands[node, slot]
         for name, leaves in parts.items():
-            group = by_name[name]
-            unit = np.full(solution.positions, -1, dtype=np.int64)
-            unit[group.positions] = np.arange(group.units)[:, None]
-            mine = np.full_like(unit, -1)
-            for leaf in leaves:
-                span = slice(solution.base[leaf], solution.base[leaf + 1])
-                mine[span] = unit[span]
-            units = solution.spread(operand.dims[d], mine)
+            units = units_along(analysis, by_name[name], leaves, operand.dims[d])
             if (units >= 0).any():
                 out.setdefault((node, slot, d), []).append((len(operand.dims), name, units))
     return out
