@@ -34,6 +34,7 @@ from spa.progress import Progress, silent
 from spa.removal import Mask, kept_by, kept_without, removals
 from spa.rewrite import rewritten
 from spa.runtime import Provider
+from spa.schedule import Schedule
 from spa.signature import inputs_of
 from spa.store import publish, save
 from spa.study import Fit, Query, Removed, Study, best_of
@@ -152,6 +153,7 @@ def prune(
     memory: str | int = "4GB",
     provider: Provider = "cpu",
     cache: str | os.PathLike[str] | None = None,
+    steps: int = 1,
     scope: Scope = "exact",
     kinds: Sequence[str] = (),
     ignore: Sequence[str] = (),
@@ -189,6 +191,7 @@ def prune(
         memory: what measurements and activations may take, such as `4GB`.
         provider: where samples are run: `cpu`, `cuda`, or `auto`.
         cache: folder in which measurements are kept for further queries; None keeps nothing.
+        steps: prune in so many steps and score what is left again after each, on the model as it is by then.
         scope: `exact` prunes only atoms that leave exactly; `all` also those that meet a statistic.
         kinds: only these kinds of units (all if empty).
         ignore: shell patterns; groups whose name, tensors or nodes match are left alone.
@@ -222,6 +225,8 @@ def prune(
         recalibrate=recalibrate,
     )
     check_choices(scope, kinds, align)
+    if steps < 1:
+        raise UsageError(f"--steps: {steps} is too few; write 1 or more")
     keep = parse_min_keep(min_keep)
     setup = Setup(batch, parse_memory(memory), provider)
     needed = [m.needs_data for m in chosen if m.needs_data]
@@ -253,7 +258,7 @@ def prune(
     if len(studies) > 1:
         with clock.stage("compare"):
             studies = [best_of(studies)]
-    study = studies[0]
+    study = Schedule(studies[0], steps, dims)
     with clock.stage("score"):
         scored = study.score()
     settings = {
@@ -264,6 +269,7 @@ def prune(
         "kinds": list(kinds),
         "ignore": list(ignore),
         "min_keep": str(min_keep),
+        **({"steps": steps} if steps > 1 else {}),
         "seed": seed,
     }
     full: dict[Metric, float] = {"bytes": graph.file_bytes, "parameters": analysis.parameters}
@@ -387,7 +393,7 @@ class _Oversize(Exception):
 
 
 def _finish(
-    job: _Job, most: Mapping[Metric, float] | None = None, study: Study | None = None, removed: Removed = ()
+    job: _Job, most: Mapping[Metric, float] | None = None, study: Schedule | None = None, removed: Removed = ()
 ) -> Result:
     """Rewrite, write to a staging folder, verify, compensate, publish; at most `most` of a metric is accepted."""
     clock = job.clock

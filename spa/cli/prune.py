@@ -115,6 +115,7 @@ def prune(
         ),
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no measurements.")] = False,
+    steps: Annotated[int, typer.Option(metavar="N", help="Prune in steps, and score again after each.", min=1)] = 1,
     scope: Annotated[
         Literal["exact", "all"],
         typer.Option(help="Only units that leave exactly, or also those that meet a statistic."),
@@ -173,6 +174,7 @@ def prune(
             memory=memory,
             provider=provider,
             cache=None if no_cache else cache or default_folder(),
+            steps=steps,
             scope=scope,
             kinds=read_list(kinds),
             ignore=ignore or (),
