@@ -106,6 +106,13 @@ _TABLE: dict[str, Method] = {
         allocation="efficient",
         compensate="obs",
     ),
+    "kwon": Method(
+        "Kwon et al. (arXiv 2204.09656): Fisher information of heads and neurons, rearranged, then tuned (here: refit)",
+        "fisher",
+        allocation="efficient",
+        compensate="obs-dense",
+        kinds=("head", "kv-head", "neuron"),
+    ),
     "hap": Method(
         "HAP (arXiv 2101.08940) on gates: second derivatives, one threshold, norms re-estimated",
         "hap",

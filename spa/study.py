@@ -18,14 +18,12 @@ from spa.compensate.norm import recalibrate
 from spa.compensate.walk import refit_sites
 from spa.cost import Metric
 from spa.criteria import CRITERIA, normalise
-from spa.criteria.obspa import consumers
 from spa.errors import TargetError
 from spa.evidence import Evidence, Vector
 from spa.executors.collect import Setup
 from spa.executors.segments import Segments
 from spa.gradients import Gradients
 from spa.groups import Analysis, Group
-from spa.least_squares import swapped
 from spa.measured import Measured
 from spa.methods import Method
 from spa.options import Scope, choose
@@ -133,7 +131,7 @@ class Study:
         criterion = CRITERIA[method.criterion]
         raw = {g.name: criterion.score(g, self.evidence, method.aggregation) for g in self.groups}
         scores = normalise(raw, self.groups, method.normalisation)
-        if not method.sensitivity or method.allocation != "efficient" or self.measured is None:
+        if not method.sensitivity or method.allocation not in ("efficient", "knapsack") or self.measured is None:
             return Scored(scores, None)
         return Scored(scores, curves(self.analysis, self.groups, raw, self.measured, self.progress))
 
@@ -158,15 +156,14 @@ class Study:
         return self.refine(chosen)
 
     def refine(self, chosen: Selection) -> Selection:
-        """Exchange units of equal number where that lowers the exact loss (obspa only)."""
-        if self.method.criterion != "obspa" or self.measured is None:
+        """Exchange units of equal number where the criterion knows better than its single scores."""
+        exchange = CRITERIA[self.method.criterion].exchange
+        if exchange is None or self.data is None:
             return chosen
-        better = []
-        for group, units in chosen.removed:
-            problems = consumers(group, self.measured)
-            if problems:
-                units = tuple(swapped(problems, np.array(units, dtype=np.int64)).tolist())
-            better.append((group, units))
+        better = [
+            (group, tuple(exchange(group, self.evidence, np.array(units, dtype=np.int64)).tolist()))
+            for group, units in chosen.removed
+        ]
         return replace(chosen, removed=tuple(better))
 
     def compensate(self, kept: Mask, twin: Twin, removed: Removed) -> Fit | None:

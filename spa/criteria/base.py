@@ -8,10 +8,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from spa.evidence import Evidence, Vector
 from spa.groups import Group
 
+Index = NDArray[np.int64]
 Aggregation = Literal["sum", "mean", "max"]
 Normalisation = Literal["none", "sum", "mean", "max", "gaussian", "isomorphic"]
 AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
@@ -29,6 +31,9 @@ class Criterion:
     """Per member that counts, one score per unit, [units] each."""
     needs: Literal["weights", "data", "gradients"] = "weights"
     """What it looks at; `data` asks for calibration samples, `gradients` for torch as well."""
+
+    exchange: Callable[[Group, Evidence, Index], Index] | None = None
+    """Better units to remove, as many as are given, by a loss that single scores only approximate."""
 
     def score(self, group: Group, evidence: Evidence, aggregation: Aggregation = "mean") -> Vector:
         """Importance of each unit, [units]; larger is kept longer."""

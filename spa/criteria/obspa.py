@@ -12,7 +12,7 @@ from spa.criteria.taps import activations, nothing
 from spa.criteria.weights import l2
 from spa.evidence import Evidence, Vector
 from spa.groups import Group
-from spa.least_squares import Consumer, damped, greedy
+from spa.least_squares import Consumer, damped, greedy, swapped
 from spa.measured import Measured
 from spa.sites import Site
 
@@ -50,6 +50,11 @@ def _obspa(group: Group, evidence: Evidence) -> Sequence[Vector]:
     scores = np.empty(group.units)
     scores[found.order] = steps * (1 + 1e-9 * np.arange(group.units)) + 1e-300 * np.arange(group.units)
     return [scores]
+
+
+def _swapped(group: Group, evidence: Evidence, removed: NDArray[np.int64]) -> NDArray[np.int64]:
+    problems = consumers(group, evidence.measured)
+    return swapped(problems, removed) if problems else removed
 
 
 def _energy(group: Group, evidence: Evidence) -> Vector:
@@ -91,6 +96,12 @@ def _per_weight(site: Site, measured: Measured) -> NDArray[np.float64]:
 
 
 OBSPA = (
-    Criterion("obspa", "tr(w (Cinv_jj)^-1 w^T), greedy (SPA's OBS, arXiv 2403.18955, exact by blocks)", _obspa, "data"),
+    Criterion(
+        "obspa",
+        "tr(w (Cinv_jj)^-1 w^T), greedy (SPA's OBS, arXiv 2403.18955, exact by blocks)",
+        _obspa,
+        "data",
+        _swapped,
+    ),
     Criterion("obspa-paper", "w^2 / [H^-1]_jj over all slices (SPA, arXiv 2403.18955)", _paper, "data"),
-)
+)  # fmt: skip
