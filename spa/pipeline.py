@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from spa.budget import parse_targets
-from spa.budget.select import Align, Allocation
+from spa.budget.select import Align, Allocation, Optimality, Selection
 from spa.cache import Cache
 from spa.calibration import load_calibration
 from spa.cost import Metric, parameters_of
@@ -37,7 +37,7 @@ from spa.runtime import Provider
 from spa.schedule import Schedule
 from spa.signature import inputs_of
 from spa.store import publish, save
-from spa.study import Fit, Query, Removed, Study, best_of
+from spa.study import Fit, Query, Study, best_of
 from spa.verify import Verification, compare, masked, require, same_structure, zeroed
 from spa.version import __version__
 
@@ -74,6 +74,8 @@ class Report:
     """The method, or the criterion where none was named."""
     fit: Fit | None = None
     """How well the compensated model does; None without calibration samples."""
+    optimality: Optimality | None = None
+    """How good the widths are by predicted losses; None unless the allocation is `knapsack`."""
 
     def to_json(self) -> dict[str, Any]:
         """As `spa prune --json` prints it."""
@@ -176,7 +178,8 @@ def prune(
         criterion: name in `spa.CRITERIA`; this and the next five override a part of the method.
         aggregation: how the scores of a unit's members are joined.
         normalisation: how scores of different groups are made comparable.
-        allocation: `global` ranking, the same share of every group (`uniform`), or least loss per cost (`efficient`).
+        allocation: `global` ranking, the same share of every group (`uniform`), least loss per cost (`efficient`), or
+            least loss (`knapsack`).
         compensate: `bias` puts the mean of what was removed into the biases; `obs` refits all weights behind it in
             closed form, on the pruned model's own activations; `obs-dense` on the original's; `none`.
         recalibrate: `norm` re-estimates norm statistics, `auto` keeps that if it helps, `none`.
@@ -287,7 +290,7 @@ def prune(
             plan = Plan(graph.sha256, removals(analysis, kept), records, settings, f"spa {__version__}")
         job = _Job(graph, analysis, plan, kept, clock, output, dims, inputs, seed, check, selection.align)
         try:
-            return _finish(job, most, study, selection.removed)
+            return _finish(job, most, study, selection)
         except _Oversize as error:
             spare[error.metric] = spare.get(error.metric, 0) + error.excess
 
@@ -393,7 +396,10 @@ class _Oversize(Exception):
 
 
 def _finish(
-    job: _Job, most: Mapping[Metric, float] | None = None, study: Schedule | None = None, removed: Removed = ()
+    job: _Job,
+    most: Mapping[Metric, float] | None = None,
+    study: Schedule | None = None,
+    chosen: Selection | None = None,
 ) -> Result:
     """Rewrite, write to a staging folder, verify, compensate, publish; at most `most` of a metric is accepted."""
     clock = job.clock
@@ -416,9 +422,9 @@ def _finish(
                 verification = _compare(job, folder / name)
                 require(verification, str(path or "the pruned model"))
         fit = None
-        if study is not None and study.data is not None:
+        if study is not None and chosen is not None and study.data is not None:
             with clock.stage("compensate"):
-                fit = study.compensate(job.kept, twin, removed)
+                fit = study.compensate(job.kept, twin, chosen.removed)
             with clock.stage("save"):
                 size = save(model, folder / name, external=job.graph.external)
             written = _within(model, size, most)
@@ -431,8 +437,8 @@ def _finish(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     report = _report(job, written, verification)
-    if study is not None:
-        report = replace(report, method=study.method.name, fit=fit)
+    if study is not None and chosen is not None:
+        report = replace(report, method=study.method.name, fit=fit, optimality=chosen.optimality)
     return Result(finished, path, job.plan, report)
 
 

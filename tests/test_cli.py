@@ -335,7 +335,7 @@ def test_the_fixed_names() -> None:
     from typer.main import get_command
 
     commands = get_command(app).commands  # type: ignore[attr-defined]  # it is a group
-    assert list(commands) == ["inspect", "explain", "prune", "apply", "verify", "bench", "rules", "methods"]
+    assert list(commands) == ["inspect", "explain", "prune", "apply", "verify", "finetune", "bench", "rules", "methods"]
     options = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
     assert all("--json" in found for found in options.values())
     wanted = "--method --calibration --samples --batch --memory --compensate --recalibrate "

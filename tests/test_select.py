@@ -49,7 +49,7 @@ def met(analysis: Analysis, costs: dict[str, float], texts: str) -> bool:
     return all(costs[t.metric] <= t.bound(full[t.metric]) * (1 + 1e-9) for t in parse_targets(texts))
 
 
-@pytest.mark.parametrize("allocation", ["global", "uniform", "efficient"])
+@pytest.mark.parametrize("allocation", ["global", "uniform", "efficient", "knapsack"])
 @pytest.mark.parametrize("targets", ["macs=0.7", "units=0.6", "params=0.6", "macs=0.8,params=0.5,size=0.7"])
 @pytest.mark.parametrize("align", [1, 2, "auto"])
 def test_laws(analysis: Analysis, allocation: str, targets: str, align: int | str) -> None:

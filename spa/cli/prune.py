@@ -26,6 +26,7 @@ from spa.cli.options import (
 from spa.errors import UsageError, VerifyError
 
 if TYPE_CHECKING:
+    from spa.budget.select import Optimality
     from spa.pipeline import Result
     from spa.study import Fit
     from spa.verify import Verification
@@ -68,9 +69,9 @@ def prune(
         typer.Option(help="How scores of different groups are made comparable.", show_default="the method's"),
     ] = None,
     allocation: Annotated[
-        Literal["global", "uniform", "efficient"] | None,
+        Literal["global", "uniform", "efficient", "knapsack"] | None,
         typer.Option(
-            help="Rank all units together, take the same share of each group, or the least loss per cost.",
+            help="Rank all units together, take the same share of each group, least loss per cost, or least loss.",
             show_default="the method's",
         ),
     ] = None,
@@ -314,6 +315,8 @@ def _show(result: Result, model: Path, verbose: bool) -> None:
     screen.print(f"{report.removed_units} units removed from {report.groups} groups")
     if report.align != "auto":
         screen.print(f"kept units are a multiple of {report.align}")
+    if report.optimality is not None:
+        screen.print(_optimality(report.optimality), soft_wrap=True)
     screen.print()
     proof = "not verified" if report.verify is None else _proof(report.verify)
     screen.print(proof, soft_wrap=True)
@@ -323,6 +326,12 @@ def _show(result: Result, model: Path, verbose: bool) -> None:
     screen.print(f"wrote {result.output}", soft_wrap=True)
     command = f"spa bench {quote(str(model))} {quote(str(result.output))}"
     screen.print(f"Fewer MACs are not automatically faster: measure with `{command}`.", soft_wrap=True)
+
+
+def _optimality(found: Optimality) -> str:
+    reached = ", ".join(f"{100 * share:.1f}% of {target}" for target, share in found.reached.items())
+    less = f", {100 * (1 - found.loss / found.efficient):.1f}% below efficient's" if found.efficient > 0 else ""
+    return f"widths: predicted loss within {100 * found.gap:.2g}% of a lower bound{less}; used {reached}"
 
 
 def _fit(method: str, fit: Fit) -> str:

@@ -1,0 +1,50 @@
+"""Widths by least loss per cost saved: greedy along the lower convex hulls of the groups' losses."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from spa.budget.queues import Queue, met, restore, shift, state
+from spa.budget.targets import Target
+from spa.cost import CostModel, Metric
+
+
+def efficient(cost: CostModel, queues: Sequence[Queue], limits: Mapping[Target, float]) -> dict[Metric, float]:
+    """Take chunks out, from what is left of the queues on, until the limits hold, then put back what fits.
+
+    Savings are those of the model as it then is, and only shrink while it does: a candidate is valued again before it
+    is taken, and waits if another one is better by then. Returns the costs.
+    """
+    counts, costs = state(cost, queues)
+
+    def price(q: Queue) -> float:
+        """Loss per saving of the next step along the hull; savings count relative to the limits still missed."""
+        ends = np.cumsum(q.chunks[q.taken :])
+        slope = float(((np.array(q.losses[q.taken + 1 :]) - q.losses[q.taken]) / ends).min())
+        size = q.chunks[q.taken]
+        new = {leaf: counts[leaf] - n * size for leaf, n in q.group.leaves.items()}
+        change = cost.change(counts, new) | {"units": float(-size)}
+        missed = {t.metric: limit for t, limit in limits.items() if costs[t.metric] > limit}
+        saved = sum(-change[m] / max(limit, 1e-30) for m, limit in missed.items())
+        return max(slope, 0.0) * size / saved if saved > 0 else math.inf
+
+    heap = [] if met(costs, limits) else [(price(q), k) for k, q in enumerate(queues) if q.taken < len(q.chunks)]
+    heapq.heapify(heap)
+    while heap and not met(costs, limits):
+        _, k = heapq.heappop(heap)
+        q = queues[k]
+        now = price(q)
+        if heap and now > heap[0][0] * (1 + 1e-9):
+            heapq.heappush(heap, (now, k))
+            continue
+        shift(cost, counts, costs, q.group, q.chunks[q.taken])
+        q.taken += 1
+        if q.taken < len(q.chunks):
+            heapq.heappush(heap, (price(q), k))
+    most = max((q.taken for q in queues), default=0)
+    restore(cost, counts, costs, queues, limits, most, worth=lambda q: q.last_loss)
+    return costs
