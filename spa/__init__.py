@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from spa.pipeline import Report, Result, analyze, apply, prune, verify
     from spa.plan import Plan
     from spa.study import Fit
+    from spa.train import finetune
     from spa.verify import Verification
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "apply",
     "bench",
     "explain",
+    "finetune",
     "load",
     "load_calibration",
     "prune",
@@ -95,6 +97,7 @@ _HOME = {
     "apply": "spa.pipeline",
     "bench": "spa.bench",
     "explain": "spa.explain",
+    "finetune": "spa.train",
     "load": "spa.graph",
     "load_calibration": "spa.calibration",
     "prune": "spa.pipeline",

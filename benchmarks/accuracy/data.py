@@ -90,7 +90,7 @@ def cifar_test(kind: str) -> Images:
 
 
 @cache
-def _cifar_train(kind: str) -> Images:
+def cifar_train(kind: str) -> Images:
     return _cifar(kind, "train_10k", "calib")
 
 
@@ -106,7 +106,7 @@ def _cifar(kind: str, jpeg: str, lossless: str) -> Images:
 
 def cifar_calibration(kind: str, seed: int) -> Images:
     """1,000 training images of the same kind as the test images; the seed chooses them."""
-    train = _cifar_train(kind)
+    train = cifar_train(kind)
     return train.at(np.sort(np.random.default_rng(seed).permutation(len(train))[:CALIBRATION_IMAGES]))
 
 

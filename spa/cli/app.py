@@ -8,6 +8,7 @@ import typer
 
 from spa.cli.bench import bench
 from spa.cli.explain import explain
+from spa.cli.finetune import finetune
 from spa.cli.inspect import inspect
 from spa.cli.methods import methods
 from spa.cli.prune import apply, prune, verify
@@ -27,7 +28,7 @@ app = typer.Typer(
     help="Exact structured pruning of any neural network at the ONNX level.",
     epilog=_STATUSES,
 )
-for command in (inspect, explain, prune, apply, verify, bench, rules, methods):
+for command in (inspect, explain, prune, apply, verify, finetune, bench, rules, methods):
     app.command(epilog=_STATUSES)(command)
 
 

@@ -1,0 +1,13 @@
+"""Fine-tuning: the weights of any supported ONNX model are trained where they are, and written back into its graph.
+
+Needs the extra `torch`; everything else in `spa` works without it.
+"""
+
+from __future__ import annotations
+
+from spa.interpreter import Unsupported  # noqa: F401  (first: without torch it is one clear sentence)
+from spa.train.run import Result, finetune
+from spa.train.settings import Settings
+from spa.train.state import Epoch
+
+__all__ = ["Epoch", "Result", "Settings", "finetune"]
