@@ -140,7 +140,7 @@ def covariances(
     shared = same_reading(sites)
     widest = [max(same, key=lambda site: site.rows) for same in shared.values()]
     weights = [8 * site.groups * site.columns * (site.columns + ENOUGH // 2) for site in widest]
-    blocks = list(_blocks(widest, weights, setup.memory // 4))
+    blocks = list(_blocks(widest, weights, setup.memory // 2))
     found: dict[str, Joint] = {}
     done = 0
     progress("collect", done, len(blocks) * data.samples)
