@@ -56,13 +56,16 @@ def _hap(group: Group, evidence: Evidence) -> Sequence[Vector]:
     return rows or nothing(group)
 
 
+_sensitivity = _summed(lambda g: g.weights, lambda w, g: np.abs(w * g))
+"""One score with two names: a trained network's Taylor term is an untrained one's connection sensitivity."""
+
 WEIGHT_GRADIENTS = (
     Criterion("taylor-weights", "sum |w dL/dw| of a unit's slices (GroupTaylor, arXiv 2301.12900)",
-              _summed(lambda g: g.weights, lambda w, g: np.abs(w * g)), "gradients"),
+              _sensitivity, "gradients"),
     Criterion("hap-weights", "Tr(H) / n ||w||^2 / 2 of a unit's output slices (HAP, arXiv 2101.08940, as in its code)",
               _hap, "gradients"),
     Criterion("snip", "sum |w dL/dw| before training (SNIP, arXiv 1810.02340)",
-              _summed(lambda g: g.weights, lambda w, g: np.abs(w * g)), "gradients"),
+              _sensitivity, "gradients"),
     Criterion("grasp", "sum w (H g), signed, logits / 200 (GraSP, arXiv 2002.07376; large ones stay)",
               _summed(lambda g: g.hessian_gradients(TEMPERATURE), lambda w, g: w * g), "gradients"),
     Criterion("crop", "sum |w (H g)| (CroP, arXiv 2206.10451)",

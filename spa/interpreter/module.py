@@ -186,7 +186,7 @@ class Interpreter(Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Interpreter:
         """Follow `.to`, `.cuda`, `.half` ...: parameters and buffers, constants, and the type of all floats."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch has no types for it
         single, half = fn(torch.zeros(0)), fn(torch.zeros(0, dtype=torch.float16))
         if single.dtype == half.dtype:
             self._state.unified = single.dtype

@@ -106,7 +106,7 @@ def rounded(x: Tensor, dtype: ir.DataType, saturate: bool = True) -> Tensor:
     kind = np.dtype(dtype.numpy())
     with np.errstate(all="ignore"):
         if saturate:
-            high = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]
+            high = float(ml_dtypes.finfo(kind).max)  # type: ignore[no-untyped-call]  # no types are shipped
             values = np.clip(values, -high, high)  # NaN stays
         result = values.astype(kind).astype(np.float32)
     out = torch.from_numpy(np.ascontiguousarray(result)).to(x.device)

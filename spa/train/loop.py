@@ -115,7 +115,7 @@ class Loop:
         for k, batch in enumerate(taken(self.fit, self.settings, number)):
             together = min(self.settings.accumulate, size - k // self.settings.accumulate * self.settings.accumulate)
             parts = self.objective(batch)
-            (parts["loss"] / together).backward()  # type: ignore[no-untyped-call]
+            (parts["loss"] / together).backward()  # type: ignore[no-untyped-call]  # torch has no types for it
             for name, part in parts.items():
                 sums[name] = sums[name] + part.detach() if name in sums else part.detach()
             if (k + 1) % self.settings.accumulate == 0 or k + 1 == size:

@@ -86,10 +86,10 @@ def settled(
     patterns = (freeze,) if isinstance(freeze, str) else tuple(freeze)
     return Settings(
         loss=loss,  # type: ignore[arg-type]  # checked above, as those below
-        optimiser=optimiser,  # type: ignore[arg-type]
-        schedule=schedule,  # type: ignore[arg-type]
-        distance=distance,  # type: ignore[arg-type]
-        augment=augment,  # type: ignore[arg-type]
+        optimiser=optimiser,  # type: ignore[arg-type]  # checked above
+        schedule=schedule,  # type: ignore[arg-type]  # checked above
+        distance=distance,  # type: ignore[arg-type]  # checked above
+        augment=augment,  # type: ignore[arg-type]  # checked above
         lr=float(rate),
         weight_decay=float(decay),
         freeze=patterns,

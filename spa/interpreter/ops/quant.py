@@ -159,7 +159,7 @@ def _conv_integer(node: Node) -> Kernel:
 
     def run(x: Tensor, w: Tensor, zx: Tensor | None = None, zw: Tensor | None = None) -> Tensor:
         weights = _centred(w, None if zw is None else along(zw, w, 0, 0))
-        return conv(_centred(x, zx), weights).to(torch.int32)  # type: ignore[no-any-return]
+        return conv(_centred(x, zx), weights).to(torch.int32)  # type: ignore[no-any-return]  # `conv` is a kernel of any result
 
     return run
 
