@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.accuracy import data, evaluate
 from benchmarks.accuracy.data import Array, Images
 from benchmarks.accuracy.rows import OURS, PEER, PUBLISHED, Row
+from benchmarks.paths import cache
 
 SCREENING_IMAGES = 2000
 FINALISTS = 3
@@ -78,6 +79,8 @@ def _ours(base: Row, path: Path, calibration: Mapping[str, Array], kinds: tuple[
     how: dict[str, Any] = {"calibration": source or calibration, "method" if named else "criterion": method}
     if method in DATA_FREE:
         del how["calibration"]
+    else:
+        how["cache"] = cache() / "statistics"  # all targets of a network and seed look at the same samples
     with tempfile.TemporaryDirectory(prefix="spa-accuracy-") as folder:
         out = Path(folder) / "pruned.onnx"
         try:
