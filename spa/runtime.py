@@ -35,6 +35,7 @@ __all__ = [
     "check_installation",
     "cuda_problem",
     "fetch",
+    "is_plain",
     "open_session",
     "place",
     "provider_of",
@@ -43,6 +44,7 @@ __all__ = [
     "run_values",
     "runner",
     "runtime_version",
+    "trim",
 ]
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -101,6 +103,9 @@ class Session(Protocol):
 
     def run_with_iobinding(self, iobinding: Any) -> None:
         """Compute the outputs of a binding."""
+
+    def end_profiling(self) -> str:
+        """Write what was recorded; returns the name of the file."""
 
 
 @functools.cache
@@ -210,6 +215,7 @@ def open_session(
     arena: bool = True,
     deterministic: bool = True,
     repack: bool = True,
+    profile: Path | None = None,
 ) -> Session:
     """Open `model` with ONNX Runtime, without noise.
 
@@ -222,6 +228,7 @@ def open_session(
         deterministic: deterministic kernels, and on CUDA no TF32, so that figures can be compared.
         repack: copy weights into the layout that kernels like best; off, and with `optimize` and `arena` off, weights
             in external data stay mapped on the CPU and take no memory of their own.
+        profile: record when each operator runs, in a file whose name begins so; `Session.end_profiling` writes it.
 
     Raises:
         RuntimeFailure: ONNX Runtime refuses the model, or CUDA is asked for and does not work.
@@ -231,6 +238,8 @@ def open_session(
         raise UsageError(f"provider must be auto, cpu or cuda, not {provider!r}.")
     ort = _ort()
     options = _options(ort, threads, optimize, arena, deterministic, repack)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
     problem = None if provider == "cpu" else cuda_problem()
     if provider == "cuda" and problem is not None:
         raise _no_cuda(problem)
@@ -320,6 +329,33 @@ def _clean_ranges(folder: Path) -> list[tuple[int, int]]:
     return found
 
 
+class _MallInfo(ctypes.Structure):
+    """What glibc says about its heaps (mallinfo2(3))."""
+
+    _fields_ = (("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
+
+
+@functools.cache
+def _glibc() -> Any:
+    try:
+        found = ctypes.CDLL(None)
+        found.mallinfo2.restype, found.malloc_trim.argtypes = _MallInfo, [ctypes.c_size_t]
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
+
+
+def trim(most: int) -> None:
+    """Give memory that nobody uses back to the system if it is more than `most` bytes.
+
+    glibc keeps freed blocks of up to 32 MB, which is what activations that come and go leave behind. Other C libraries
+    are left alone.
+    """
+    glibc = _glibc()
+    if glibc is not None and glibc.mallinfo2().fordblks > most:
+        glibc.malloc_trim(0)
+
+
 def provider_of(session: Session) -> Literal["cpu", "cuda"]:
     """What the session really runs on; single operators that CUDA lacks may still run on the CPU."""
     return "cuda" if _CUDA in session.get_providers() else "cpu"
@@ -352,10 +388,13 @@ class Value(Protocol):
         """Its sizes."""
 
     def numpy(self) -> Array:
-        """A copy in Python's memory."""
+        """Its numbers, maybe in the same memory."""
 
     def tensor_size_in_bytes(self) -> int:
         """How much memory it takes."""
+
+    def data_type(self) -> str:
+        """Its type, such as `tensor(float)`."""
 
 
 def place(array: Array) -> Value:
@@ -365,8 +404,17 @@ def place(array: Array) -> Value:
 
 
 def fetch(value: Value) -> Array:
-    """Bring a tensor to Python."""
-    return np.asarray(value.numpy())
+    """Bring a tensor to Python.
+
+    A copy: what ONNX Runtime gives shares memory with the value, and does not keep an array alive that was `place`d.
+    """
+    return np.array(value.numpy())
+
+
+def is_plain(value: Value) -> bool:
+    """Whether `fetch` gives numbers that `place` takes back: not so for text, and types that numpy lacks."""
+    kind = value.data_type()
+    return kind.startswith("tensor(") and kind != "tensor(string)" and kind not in _RAW_TYPES
 
 
 def run_values(session: Session, feeds: Mapping[str, Value], outputs: Sequence[str]) -> dict[str, Value]:

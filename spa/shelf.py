@@ -33,14 +33,25 @@ class Shelf:
         Raises:
             UsageError: the temporary folder cannot take them.
         """
-        if self.taken + array.nbytes <= self.limit:
-            self.taken += array.nbytes
-            return array
+        return array if self.room(array.nbytes) else self.store(array)
+
+    def room(self, size: int) -> bool:
+        """Whether `size` bytes more are within the limit; they count from now on if so."""
+        fits = self.taken + size <= self.limit
+        self.taken += size if fits else 0
+        return fits
+
+    def store(self, array: NDArray[Kind]) -> NDArray[Kind]:
+        """The same numbers, mapped from disk.
+
+        Raises:
+            UsageError: the temporary folder cannot take them.
+        """
         try:
             return self._stored(array)
         except OSError as error:
             raise UsageError(
-                f"statistics of {array.nbytes / 1e6:.0f} MB fit neither into --memory nor into the temporary folder "
+                f"arrays of {array.nbytes / 1e6:.0f} MB fit neither into --memory nor into the temporary folder "
                 f"({error.strerror or error}): give more memory, or point TMPDIR to a larger disk"
             ) from error
 

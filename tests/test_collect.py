@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -58,7 +59,7 @@ def activations(model: onnx.ModelProto, data: Calibration, names: Sequence[str])
 # -- segments and fronts -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", [1 << 30, 1], ids=["held", "run again"])
+@pytest.mark.parametrize("memory", [1 << 30, 1], ids=["held", "mapped"])
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_values_at_every_cut(name: str, memory: int) -> None:
     """Also with subgraphs that capture outer values, and operators that shape inference knows nothing of."""
@@ -131,12 +132,34 @@ def test_exchanged_weights_act_behind_the_cut_only(constants: bool, memory: int)
     parts.override("c.weight", changed["c.weight"])
     np.testing.assert_allclose(now(second), out(changed), rtol=1e-4, atol=1e-5)
     assert parts.overrides["c.weight"].data_type == TensorProto.FLOAT
-    if memory > 1:  # what lies before the cut has been computed
-        parts.override("a.weight", w["a.weight"] * 3)
-        np.testing.assert_allclose(now(second), out(changed), rtol=1e-4, atol=1e-5)
-        expected = out(changed | {"a.weight": w["a.weight"] * 3})
-        fresh = np.concatenate([fetch(v["y"]) for v in Front(parts, data, 3, memory).at(0, ["y"])])
-        np.testing.assert_allclose(fresh, expected, rtol=1e-4, atol=1e-5)
+    # what lies before the cut has been computed
+    parts.override("a.weight", w["a.weight"] * 3)
+    np.testing.assert_allclose(now(second), out(changed), rtol=1e-4, atol=1e-5)
+    expected = out(changed | {"a.weight": w["a.weight"] * 3})
+    fresh = np.concatenate([fetch(v["y"]) for v in Front(parts, data, 3, memory).at(0, ["y"])])
+    np.testing.assert_allclose(fresh, expected, rtol=1e-4, atol=1e-5)
+
+
+def _anonymous() -> int:
+    """Bytes of memory that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the system does not tell what memory is taken")
+def test_values_beyond_the_memory_are_on_disk() -> None:
+    net = Net()
+    x = net("Tile", net.input("x", "n", 1), net.value("repeats", np.array([1, 1 << 20])))
+    net.named(net("Relu", net("Neg", x)), "y")
+    parts = Segments.of(load(net.model(y=("n", 1 << 20))).model)
+    rows = np.arange(16, dtype=np.float32)[:, None]
+    data = Calibration("", "", 16, ({"x": -rows},))
+    before = _anonymous()
+    front = Front(parts, data, 1, 8 << 20)
+    for position in range(1, 3):  # 16 values of 4 MB at each cut
+        window = front.at(position, ["y"])
+        assert [fetch(v["y"])[0, -1] for v in window] == rows[:, 0].tolist()
+        assert _anonymous() - before < 32 << 20
 
 
 # -- profiles and covariances of whole models --------------------------------------------------------------------------

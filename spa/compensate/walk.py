@@ -28,7 +28,7 @@ from spa.moments import Joint
 from spa.progress import Progress, silent
 from spa.removal import Mask
 from spa.rewrite import Twin
-from spa.runtime import Value, place
+from spa.runtime import Value, place, trim
 from spa.sites import constant_of, exchange
 
 LARGEST = 1024
@@ -88,6 +88,7 @@ def refit_sites(
         for task in tasks:
             for left, right in zip(dense, small, strict=True):
                 task.split(left, right)
+                trim(setup.memory // 8)
             _solve(task, (dense, small), biases[task.pair], after, damping, bends)
         done += len(step)
         progress("refit", done, len(pairs))
