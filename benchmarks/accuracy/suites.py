@@ -31,7 +31,8 @@ OURS_BY_SUITE = {
     "text": ("obspa", "flap", "l2"),
 }
 """Ours; the first is the one that is compared. What stands behind an @ are made-up calibration samples in place of real
-ones. `l2` is plain magnitude: a criterion, nothing is reconstructed."""
+ones, behind a + the compensation of a criterion that is no method, as in `hap+obs` (widths by loss per cost). `l2` is
+plain magnitude: a criterion, nothing is reconstructed."""
 DATA_FREE = frozenset({"l1", "l2"})
 
 CIFAR_NETWORKS = ("resnet20_cifar10_bn", "resnet56_cifar10_bn")
@@ -75,8 +76,11 @@ def _ours(base: Row, path: Path, calibration: Mapping[str, Array], kinds: tuple[
     from spa.methods import METHODS
 
     method, _, source = base.method.partition("@")
+    method, _, compensation = method.partition("+")
     named = method == "auto" or method in METHODS
     how: dict[str, Any] = {"calibration": source or calibration, "method" if named else "criterion": method}
+    if compensation:
+        how |= {"compensate": compensation, "allocation": "efficient", "normalisation": "none"}
     if method in DATA_FREE:
         del how["calibration"]
     else:
