@@ -1,6 +1,7 @@
 """What fine-tuning gives back: ResNet-20 at half of its MACs, cross-entropy against inner distillation.
 
     python benchmarks/finetune.py [--losses ce inner] [--seeds 3] [--epochs 8] [--images 10000] [--json FILE]
+    python benchmarks/finetune.py --choose [--train lossless] [--epochs 2]      # what the defaults were chosen by
 
 ResNet-20 (CIFAR-10, trained) is pruned to `--target` by obspa with 1,000 calibration images, chosen by the seed, and
 then fine-tuned by each loss for the same number of epochs on the same batches: of the 10,000 recompressed (JPEG)
@@ -9,6 +10,11 @@ nothing was chosen by: all 10,000 recompressed ones, and the 761 that there are 
 error is a point). `recovered` is the share of the accuracy that pruning cost which came back; it passes 100 % on JPEGs
 where training on them teaches what the network had not seen. Seconds are wall time. Needs torch, pillow, and the
 networks and data of the accuracy benchmark (SPA_DATA).
+
+`--choose` compares learning rates, then shares of distillation (`alpha`) of the inner loss, by the accuracy on a fifth
+of the training images that is held out of both pruning and training; no test image is read. The network has learned all
+of these images before it was pruned, which favours small steps: of the rates within one standard error of the best the
+largest is chosen.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from measure import table, write
 
 import spa
@@ -29,6 +36,8 @@ from benchmarks.accuracy import data, evaluate
 PROMISE = 0.8
 """Share of the lost accuracy that comes back at least, by the best loss."""
 KINDS = ("jpeg", "lossless")
+ALPHA = 0.9
+"""Share of distillation while rates are compared."""
 
 
 def measured(path: Path, tests: dict[str, data.Images]) -> dict[str, float]:
@@ -89,6 +98,45 @@ def one_seed(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[
     return rows
 
 
+def choose(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Accuracy on held-out training images per learning rate, and per alpha at the best one."""
+    dense = data.model(options.network)
+    images = data.cifar_train(options.train).first(options.images)
+    order = np.random.default_rng(0).permutation(len(images))
+    test, train = images.at(order[: len(order) // 5]), images.at(order[len(order) // 5 :])
+    name = spa.load(dense).model.graph.inputs[0].name
+    pruned = spa.prune(
+        dense, target=options.target, output=folder / "pruned.onnx", method="obspa",
+        calibration={name: train.first(options.calibration or 1000).x},
+    )  # fmt: skip
+    print(f"dense {evaluate.top1(dense, test):.2f}, pruned {evaluate.top1(folder / 'pruned.onnx', test):.2f}")
+    rows: list[dict[str, Any]] = []
+
+    def tried(lr: float, alpha: float) -> float:
+        done = next((r["top1"] for r in rows if (r["lr"], r["alpha"]) == (lr, alpha)), None)
+        if done is not None:
+            return float(done)
+        spa.finetune(
+            folder / "pruned.onnx", data={name: train.x, "labels": train.y}, output=folder / "tuned.onnx",
+            teacher=dense, plan=pruned.plan, loss="inner", epochs=options.epochs, batch=options.batch, lr=lr,
+            augment="flip-crop", alpha=alpha, gamma=options.gamma, temperature=options.temperature, held_out=0,
+            provider=options.provider,
+        )  # fmt: skip
+        rows.append({"lr": lr, "alpha": alpha, "top1": evaluate.top1(folder / "tuned.onnx", test)})
+        print(f"lr {lr:g}, alpha {alpha:g}: {rows[-1]['top1']:.2f}", flush=True)
+        return float(rows[-1]["top1"])
+
+    top = max(tried(lr, ALPHA) for lr in options.rates)
+    error = (top * (100 - top) / len(test)) ** 0.5
+    best = max(lr for lr in options.rates if tried(lr, ALPHA) >= top - error)
+    chosen = max(options.alphas, key=lambda alpha: tried(best, alpha))
+    print(
+        f"on {len(test)} held-out training images ({options.train}, one standard error {error:.2f} points): "
+        f"lr {best:g}, alpha {chosen:g}"
+    )
+    return rows
+
+
 def share(dense: float, pruned: float, tuned: float) -> float:
     """Share of the lost accuracy that came back; NaN where none was lost."""
     return (tuned - pruned) / (dense - pruned) if dense > pruned else float("nan")
@@ -119,11 +167,18 @@ def main() -> int:
     parser.add_argument("--images", type=int, help="training images; default: all")
     parser.add_argument("--calibration", type=int, help="calibration images; default: 1,000")
     parser.add_argument("--test", type=int, help="test images of each kind; default: all")
+    parser.add_argument("--choose", action="store_true", help="compare rates and alphas on held-out training images")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.002, 0.005, 0.01, 0.02, 0.05], help="of --choose")
+    parser.add_argument("--alphas", nargs="+", type=float, default=[0.5, 0.9, 1.0], help="of --choose")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     try:
         with tempfile.TemporaryDirectory() as folder:
+            if options.choose:
+                rows = choose(options, Path(folder))
+                write(options.json, {"options": {k: str(v) for k, v in vars(options).items()}, "results": rows})
+                return 0
             for seed in range(options.seeds):
                 rows += one_seed(options, seed, Path(folder))
                 write(options.json, {"options": {k: str(v) for k, v in vars(options).items()}, "results": rows})

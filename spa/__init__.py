@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from spa.errors import (
     ExternalDataError,
+    GateError,
     ModelError,
     OutputError,
     PlanError,
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
     from spa.explain import Explanation, explain
     from spa.graph import load
     from spa.groups import Analysis, Group
+    from spa.implant import implant
     from spa.methods import METHODS, Method
     from spa.pipeline import Report, Result, analyze, apply, prune, verify
     from spa.plan import Plan
     from spa.study import Fit
-    from spa.train import finetune
+    from spa.train import export_torch, finetune, import_weights
     from spa.verify import Verification
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "Explanation",
     "ExternalDataError",
     "Fit",
+    "GateError",
     "Group",
     "Method",
     "ModelError",
@@ -71,7 +74,10 @@ __all__ = [
     "apply",
     "bench",
     "explain",
+    "export_torch",
     "finetune",
+    "implant",
+    "import_weights",
     "load",
     "load_calibration",
     "prune",
@@ -97,7 +103,10 @@ _HOME = {
     "apply": "spa.pipeline",
     "bench": "spa.bench",
     "explain": "spa.explain",
+    "export_torch": "spa.train",
     "finetune": "spa.train",
+    "implant": "spa.implant",
+    "import_weights": "spa.train",
     "load": "spa.graph",
     "load_calibration": "spa.calibration",
     "prune": "spa.pipeline",

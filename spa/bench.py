@@ -297,7 +297,7 @@ def _feeds(
     elif inputs is not None:
         feeds = dict(inputs)
     else:
-        sizes = {**_batch_dims(specs[0], batch, names[0]), **dims}
+        sizes = {**batch_dims(specs[0], batch, names[0]), **dims}
         with _about(names[0]):
             feeds = runnable_feeds(models[0], subject.open(0), seed, sizes)
     for name, own in zip(names, specs, strict=True):
@@ -314,8 +314,8 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _batch_dims(specs: Sequence[InputSpec], batch: int | None, name: str) -> dict[str, int]:
-    """`batch` as sizes for `make_feeds`."""
+def batch_dims(specs: Sequence[InputSpec], batch: int | None, name: str) -> dict[str, int]:
+    """`batch` as sizes for `make_feeds`. Raises: UsageError if a model fixes another one."""
     sizes: dict[str, int] = {}
     for spec in specs if batch is not None else ():
         first = spec.shape[0] if spec.shape else 0

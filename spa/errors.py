@@ -9,7 +9,8 @@
     ├── TargetError                7   a target cannot be reached (or nothing is prunable)
     ├── VerifyError                8   the pruned model does not match its reference
     ├── RuntimeFailure             9   ONNX Runtime cannot run the model
-    └── OutputError               10   the result cannot be written
+    ├── OutputError               10   the result cannot be written
+    └── GateError                 11   a stage ran, and missed what was asked of it
 
 The number is the command line's exit status; `code` is stable text for programs.
 A message is one sentence that names the file, node or option, and says what to do.
@@ -88,3 +89,10 @@ class OutputError(SpaError):
 
     code = "output"
     exit_status = 10
+
+
+class GateError(SpaError):
+    """A stage missed its gate."""
+
+    code = "gate"
+    exit_status = 11

@@ -22,7 +22,7 @@ from spa.axes import Axis, Reason
 from spa.coupling import Coupling, Use
 from spa.errors import UsageError
 from spa.graph import Graph, Source
-from spa.groups import Analysis, Group, operand_roles
+from spa.groups import Analysis, Frozen, Group, operand_roles
 from spa.pipeline import analyze
 from spa.rules import Op, Operand
 
@@ -34,9 +34,11 @@ __all__ = [
     "GroupPart",
     "Place",
     "Step",
+    "because",
     "coupling_graph",
     "explain",
     "inspection",
+    "is_window",
 ]
 
 _SINGLE = Reason("the only position of an axis")
@@ -187,6 +189,17 @@ def inspection(analysis: Analysis) -> dict[str, Any]:
             for f in analysis.frozen
         ],
     }
+
+
+def is_window(frozen: Frozen) -> bool:
+    """Kernel windows and the like: true, and of no interest."""
+    return frozen.axis >= 2 and "reads this axis as a whole" in frozen.reason.text
+
+
+def because(frozen: Frozen) -> str:
+    """The reason with the node's name."""
+    reason = frozen.reason
+    return f"{reason.text} ({reason.operator} {reason.node})" if reason.node else reason.text
 
 
 def _consumer(use: Use | None) -> dict[str, Any] | None:

@@ -52,6 +52,13 @@ class Gradients:
         return self._kept("gates", lambda: statistics.gate_gradients(self._task), "names")
 
     @cached_property
+    def relevance(self) -> Mapping[str, NDArray[np.float32]]:
+        """Relevance of each unit for each sample's class, [samples, units] per group; no loss plays a part."""
+        from spa.interpreter import relevance
+
+        return self._kept("relevance", lambda: relevance.gate_relevance(self._task), "names")
+
+    @cached_property
     def curvature(self) -> Mapping[str, tuple[Array, Array]]:
         """d2L / dz_u^2 of the mean loss and its standard error, [units] each per group."""
         from spa.interpreter import statistics

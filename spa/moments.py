@@ -46,6 +46,11 @@ class Joint:
         self.mean_t += dt * (other.rows / total)
         self.rows = total
 
+    def mixed(self, mix: Array) -> Joint:
+        """Of targets mix t, [k, m] each; their variance is not known."""
+        none = np.full((len(self.mean_t), len(mix)), np.nan)
+        return Joint(self.rows, self.mean_x, self.mean_t @ mix.T, self.xx, mix @ self.tx, none)
+
     @property
     def covariance(self) -> Array:
         """Cov(x), [g, d, d]."""

@@ -65,7 +65,7 @@ class Schedule:
             kept = kept_without(step.analysis, chosen.removed)
             twin = rewritten(step.analysis, kept)
             step.compensate(kept, twin, chosen.removed)
-            analysis = analyze_model(twin.model, self.dims, first.analysis.cost.overhead)
+            analysis = first.query.extend(analyze_model(twin.model, self.dims, first.analysis.cost.overhead))
             self._follow(analysis, chosen.removed)
             step = self._step(analysis, k + 1, Cache())
         self._last = step

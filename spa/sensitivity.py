@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from spa.calibration import Calibration
 from spa.compensate.closed import refit_readers
 from spa.compensate.pairs import affected
+from spa.compensate.rotation import Mixer, Rotation
 from spa.evidence import Vector
 from spa.executors.front import Front
 from spa.executors.segments import Segments, placed
@@ -38,6 +39,7 @@ def curves(
     groups: Sequence[Group],
     scores: Mapping[str, Vector],
     measured: Measured,
+    rotations: Mapping[str, Rotation] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Vector]:
     """Per group the estimated output error after its k least important units have left, [units + 1].
@@ -47,13 +49,15 @@ def curves(
         groups: groups to try.
         scores: losses per unit, any scale per group.
         measured: statistics, for the refit of the consumers.
+        rotations: of the groups whose units are mixed within heads when some leave.
         progress: told how many groups have been tried (`weigh`).
     """
-    request = [[g.name, g.units, _digest(scores[g.name])] for g in groups]
+    rotations = rotations or {}
+    request = [[g.name, g.units, _digest(scores[g.name]), g.name in rotations] for g in groups]
     known = measured.cache.get("sensitivity", measured.data.digest, [request, SHARES, SAMPLES])
     if known is None:
         errors = {str(k): np.zeros(len(SHARES)) for k in range(len(groups))}
-        trials = Trials(analysis, few(measured.data, SAMPLES), measured)
+        trials = Trials(analysis, few(measured.data, SAMPLES), measured, rotations)
         progress("weigh", 0, len(groups))
         order = sorted((trials.start(group), k) for k, group in enumerate(groups))
         for done, (start, k) in enumerate(order):
@@ -88,8 +92,10 @@ def _curve(scores: Vector, errors: NDArray[np.float64]) -> Vector:
 class Trials:
     """Runs the model with one group pruned, from where that group begins: what comes before is computed once."""
 
-    def __init__(self, analysis: Analysis, data: Calibration, measured: Measured) -> None:
-        self.analysis, self.data, self.measured = analysis, data, measured
+    def __init__(
+        self, analysis: Analysis, data: Calibration, measured: Measured, rotations: Mapping[str, Rotation]
+    ) -> None:
+        self.analysis, self.data, self.measured, self.rotations = analysis, data, measured, rotations
         self.parts = Segments.of(analysis.coupling.model, measured.setup.provider, measured.setup.threads)
         self.reference = outputs(self.parts, data, measured.setup.batch)
         self.front = Front(self.parts, data, measured.setup.batch, measured.setup.memory // 4)
@@ -108,8 +114,12 @@ class Trials:
         """
         measured = self.measured
         removed = [(group, units.tolist())]
-        twin = rewritten(self.analysis, kept_without(self.analysis, removed))
-        refit_readers(twin, measured, removed)
+        kept = kept_without(self.analysis, removed)
+        twin = rewritten(self.analysis, kept)
+        if group.name in self.rotations:
+            Mixer(measured, {group.name: self.rotations[group.name]}, kept).write(twin)
+        else:
+            refit_readers(twin, measured, removed)
         window = self.front.at(start, self.parts.inputs)
         parts = Segments.of(twin.model, measured.setup.provider, measured.setup.threads)
         names = floats(parts)

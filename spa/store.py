@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,7 +20,7 @@ from spa.external import File, Weights, lighten, map_model, root_cause, weight_i
 from spa.inference import children, infer
 from spa.wire import LIMIT, splice, tokens
 
-__all__ = ["save", "to_proto", "unpack"]
+__all__ = ["outline", "publish", "save", "to_proto", "unpack"]
 
 PAGE = 4096
 ALIGN_ABOVE = 64 * 1024
@@ -65,6 +65,44 @@ def unpack(source: ir.Model | Path, target: Path) -> Path:
         _lift(proto.graph)
     _write_files(proto, weights, target, external=True)
     return target
+
+
+def outline(model: ir.Model, path: Path, shared: Callable[[str], str | None], least: int = 4096) -> dict[str, int]:
+    """Write a model whose large weights all lie at the beginning of files that they share, which are not written.
+
+    Args:
+        model: left as it is.
+        path: file to write; the shared ones belong beside it.
+        shared: the file for weights of a type, such as `FLOAT`; None where the numbers themselves are needed.
+        least: bytes from which on a weight is large.
+
+    Returns:
+        File -> bytes that it must have.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    proto, weights = _light(model)
+    if proto.ir_version >= 4:  # before, initializers had to be inputs
+        _lift(proto.graph)
+    needed: dict[str, int] = {}
+    for tensor, index in list(_initializers(proto.graph)):
+        weight = weights[index]
+        file = shared(weight.dtype.name) if weight.nbytes >= least else None
+        if file is None:
+            _fill(tensor, weight.tobytes())
+            continue
+        del tensor.external_data[:]
+        for key, value in (("location", file), ("offset", 0), ("length", weight.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        needed[file] = max(weight.nbytes, needed.get(file, 0))
+    for tensor, index in list(_constants(proto.graph)):
+        _fill(tensor, weights[index].tobytes())
+    try:
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({root_cause(error)}); check the folder's free space.") from error
+    return needed
 
 
 def _lift(graph: onnx.GraphProto) -> None:

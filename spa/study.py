@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from spa.cache import Cache
 from spa.calibration import Calibration
 from spa.compensate.closed import refit_readers, shift_means
 from spa.compensate.norm import recalibrate
+from spa.compensate.rotation import Mixer, Rotation, find_rotations
 from spa.compensate.walk import refit_sites
 from spa.cost import Metric
 from spa.criteria import CRITERIA, normalise
@@ -79,6 +81,10 @@ class Query:
     min_keep: MinKeep | None
     loss: Any = "auto"
     """Of which derivatives are taken, see `spa.gradients`."""
+    widths: Mapping[str, Sequence[int]] | None = None
+    """Units worth keeping per group, see `spa.budget.select`."""
+    extend: Callable[[Analysis], Analysis] = field(default=lambda analysis: analysis)
+    """Gives the analysis of what is left between steps the metrics that this one has."""
 
 
 class Study:
@@ -130,10 +136,18 @@ class Study:
         method = self.method
         criterion = CRITERIA[method.criterion]
         raw = {g.name: criterion.score(g, self.evidence, method.aggregation) for g in self.groups}
-        scores = normalise(raw, self.groups, method.normalisation)
         if not method.sensitivity or method.allocation not in ("efficient", "knapsack") or self.measured is None:
-            return Scored(scores, None)
-        return Scored(scores, curves(self.analysis, self.groups, raw, self.measured, self.progress))
+            return Scored(normalise(raw, self.groups, method.normalisation), None)
+        raw |= {name: rotation.scores(raw[name]) for name, rotation in self.rotations.items()}
+        scores = normalise(raw, self.groups, method.normalisation)
+        return Scored(scores, curves(self.analysis, self.groups, raw, self.measured, self.rotations, self.progress))
+
+    @cached_property
+    def rotations(self) -> Mapping[str, Rotation]:
+        """Groups whose units are mixed within attention heads when some of them leave."""
+        if self.method.compensate != "obs" or self.measured is None:
+            return {}
+        return find_rotations(self.groups, self.measured)
 
     def select(self, scored: Scored, spare: Mapping[Metric, float] | None = None) -> Selection:
         """Which units leave.
@@ -152,6 +166,7 @@ class Study:
             min_keep=query.min_keep,
             spare=spare,
             curves=scored.curves,
+            widths=query.widths,
         )
         return self.refine(chosen)
 
@@ -179,7 +194,8 @@ class Study:
         elif method.compensate == "obs-dense":
             refit_readers(twin, self.measured, removed)
         elif method.compensate == "obs":
-            refit_sites(self.analysis, kept, twin, self.data, self.setup, progress=self.progress)
+            mixer = Mixer(self.measured, self.rotations, kept)
+            refit_sites(self.analysis, kept, twin, self.data, self.setup, mixer=mixer, progress=self.progress)
         after = self._error(reference, twin, probe)
         again = False
         if method.recalibrate != "none":

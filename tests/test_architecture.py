@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "progress", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
+    {"errors", "progress", "readable", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
     {"axes", "cache", "inference", "runtime", "shelf", "signature"},
     {"external", "feeds", "footprint"},
     {"store", "bench", "calibration"},
@@ -28,12 +28,15 @@ LAYERS = (
     {"evidence", "plan"},
     {"criteria", "removal"},
     {"budget", "rewrite"},
-    {"compensate", "methods", "options", "verify"},
+    {"compensate", "latency", "methods", "options", "verify"},
     {"sensitivity"},
     {"study"},
     {"schedule"},
+    {"closed_loop"},
+    {"finish"},
     {"pipeline", "train"},
-    {"explain"},
+    {"edge", "implant", "explain"},
+    {"report"},
     {"cli"},
     {"__main__"},
 )
@@ -50,6 +53,7 @@ OPTIONAL = {
     "hypothesis",
     "PIL",
     "tokenizers",
+    "yaml",
 }
 LIMIT = 500
 

@@ -335,7 +335,11 @@ def test_the_fixed_names() -> None:
     from typer.main import get_command
 
     commands = get_command(app).commands  # type: ignore[attr-defined]  # it is a group
-    assert list(commands) == ["inspect", "explain", "prune", "apply", "verify", "finetune", "bench", "rules", "methods"]
+    assert list(commands) == [
+        "inspect", "explain", "prune", "apply", "verify", "implant", "finetune", "export-torch", "import-weights",
+        "quantize", "float16", "opset", "ort", "run",
+        "profile", "bench", "rules", "methods",
+    ]  # fmt: skip
     options = {name: {o for p in c.params for o in p.opts} for name, c in commands.items()}
     assert all("--json" in found for found in options.values())
     wanted = "--method --calibration --samples --batch --memory --compensate --recalibrate "
@@ -384,9 +388,9 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_an_interrupted_run_leaves_nothing_behind(number: signal.Signals, status: int, folder: Path) -> None:
     before = {p.name for p in folder.iterdir()}
     code = (
-        "import sys, time, spa.pipeline\n"
+        "import sys, time, spa.finish\n"
         "def wait(*a, **k): print('ready', flush=True); time.sleep(60)\n"
-        "spa.pipeline._compare = wait\n"
+        "spa.finish.compared = wait\n"
         "from spa.cli import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -21,7 +21,7 @@ from spa.budget.knapsack import choose, pack
 from spa.budget.queues import Queue, met, queue, state
 from spa.budget.targets import Target
 from spa.budget.widths import knapsack
-from spa.cost import CostModel, Term
+from spa.cost import METRICS, CostModel, Term
 from spa.groups import Analysis, Group
 from tests.command_line import Ran
 from tests.models import BUILT
@@ -126,7 +126,7 @@ class Multilinear(CostModel):
 
     def __init__(self, widths: Sequence[int], rng: np.random.Generator) -> None:
         leaves: Any = SimpleNamespace(terms={k: (LEAF, (k,)) for k in range(len(widths))}, leaves=lambda axis: (axis,))
-        self.solution, self.overhead, self.full = leaves, 0, list(widths)
+        self.solution, self.overhead, self.full, self.metrics = leaves, 0, list(widths), METRICS
         last = len(widths) - 1
         chain = [(0,), *((k, k + 1) for k in range(last)), (last,), (0, 0), *rng.integers(0, last + 1, (2, 3)).tolist()]
         self.terms = [Term(m, float(rng.integers(1, 50)), tuple(a)) for a in chain for m in ("macs", "parameters")]

@@ -332,9 +332,9 @@ def test_verification_sees_a_wrong_plan(name: str, tmp_path: Path) -> None:
 
 def test_nothing_is_written_when_verification_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rewrite that goes wrong (here: one that leaves another unit) is caught before the file appears."""
-    import spa.pipeline as pipeline
+    import spa.finish as finish
 
-    real = pipeline.rewritten
+    real = finish.rewritten
 
     def wrong(analysis: Any, kept: Any) -> Any:
         shifted = kept.copy()
@@ -342,7 +342,7 @@ def test_nothing_is_written_when_verification_fails(tmp_path: Path, monkeypatch:
             shifted[group.positions] = np.roll(kept[group.positions], 1, axis=0)
         return real(analysis, shifted)
 
-    monkeypatch.setattr(pipeline, "rewritten", wrong)
+    monkeypatch.setattr(finish, "rewritten", wrong)
     source, output = _write("two_layers", tmp_path), tmp_path / "out.onnx"
     with pytest.raises(spa.VerifyError, match=r"out\.onnx differs from its reference"):
         spa.prune(source, target="macs=0.7", output=output)

@@ -6,6 +6,7 @@ cost of a layer falls with both its producer and its consumer), never a sum of i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -78,7 +79,14 @@ def relaxations(align: Align, min_keep: MinKeep | None) -> list[tuple[int, MinKe
     return [*((step, tenth) for step in steps), (steps[-1], lambda group: 1)]
 
 
-def queue(group: Group, scores: Vector, step: int, keep: int, curve: Vector | None = None) -> Queue:
+def queue(
+    group: Group,
+    scores: Vector,
+    step: int,
+    keep: int,
+    curve: Vector | None = None,
+    widths: Sequence[int] | None = None,
+) -> Queue:
     """A group with all its units still there.
 
     Args:
@@ -87,15 +95,13 @@ def queue(group: Group, scores: Vector, step: int, keep: int, curve: Vector | No
         step: units kept are a multiple of this once any have left.
         keep: units kept at least.
         curve: loss after the first k units have left, [units + 1]; by default the running sum of the scores.
+        widths: numbers of units that may be kept besides all, instead of multiples of `step`.
     """
     order = np.argsort(scores, kind="stable").tolist()
-    chunks: list[int] = []
-    left = group.units
-    size = left % step or step
-    while left - size >= max(keep, 1):
-        chunks.append(size)
-        left -= size
-        size = step
+    if widths is None:
+        widths = range(step, group.units, step)
+    stops = [group.units, *sorted((w for w in widths if max(keep, 1) <= w < group.units), reverse=True)]
+    chunks = [a - b for a, b in itertools.pairwise(stops)]
     starts = np.cumsum([0, *chunks])[:-1]
     ranked = np.asarray(scores, dtype=np.float64)[order[: sum(chunks)]]
     means = (np.add.reduceat(ranked, starts) / chunks).tolist() if chunks else []

@@ -59,6 +59,7 @@ def select(
     min_keep: MinKeep | None = None,
     spare: Mapping[Metric, float] | None = None,
     curves: Mapping[str, Vector] | None = None,
+    widths: Mapping[str, Sequence[int]] | None = None,
 ) -> Selection:
     """Choose the units that leave.
 
@@ -75,6 +76,8 @@ def select(
         curves: for `efficient` and `knapsack`, the loss after the first k units of a group have left, [units + 1]; by
             default the running sum of its scores.
         spare: how far to stay below the limits, for what the written file holds beyond the estimate.
+        widths: for `align="auto"`: numbers of units worth keeping, per group; where the targets can be reached with
+            them they take the place of multiples.
 
     Raises:
         TargetError: the targets cannot be reached; names the best reachable point and what freezes the rest.
@@ -83,9 +86,20 @@ def select(
     original = cost.totals(cost.full) | {"units": float(sum(g.units for g in groups))}
     limits = {t: t.bound(original[t.metric]) - (spare or {}).get(t.metric, 0.0) for t in targets}
     floor: dict[Metric, float] = {}
-    for step, keep in relaxations(align, min_keep):
+    tries: list[tuple[int, MinKeep, Mapping[str, Sequence[int]]]]
+    tries = [(step, keep, {}) for step, keep in relaxations(align, min_keep)]
+    if widths is not None and align == "auto":
+        tries.insert(0, (*tries[0][:2], widths))
+    for step, keep, known in tries:
         queues = [
-            queue(g, scores[g.name], min(step, alignment(g, align)), keep(g), (curves or {}).get(g.name))
+            queue(
+                g,
+                scores[g.name],
+                min(step, alignment(g, align)),
+                keep(g),
+                (curves or {}).get(g.name),
+                known.get(g.name),
+            )
             for g in groups
         ]
         floor = lowest(cost, queues)

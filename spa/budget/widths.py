@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from spa.axes import LEAF, PROD, Axis
 from spa.budget.efficient import efficient
 from spa.budget.knapsack import NODES, Choice, choose, pack
 from spa.budget.queues import Queue, state
@@ -43,8 +42,6 @@ _BETTER = 1 - 1e-9
 
 Taken = tuple[int, ...]
 """Chunks that have left, per queue."""
-Sizes = Sequence[int | Vector]
-"""Positions left per leaf: a number, or several to be tried at once."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,6 @@ class _Problem:
             tightest[t.metric] = min(limit, tightest.get(t.metric, np.inf))
         self.metrics = list(tightest)
         self.room = np.array(list(tightest.values()))
-        self.terms = [sorted({k for leaf in q.group.leaves for k in cost.by_leaf.get(leaf, ())}) for q in queues]
 
     def taken(self) -> Taken:
         return tuple(q.taken for q in self.queues)
@@ -179,41 +175,19 @@ class _Problem:
     def changes(self, around: Taken) -> list[NDArray[np.float64]]:
         """By how much the limited costs change with the width of one group, the others staying: [limits, widths]."""
         self.take(around)
-        counts: list[int | Vector] = list(state(self.cost, self.queues)[0])
+        counts = state(self.cost, self.queues)[0]
         out = []
-        for q, gone, terms in zip(self.queues, self.gone, self.terms, strict=True):
-            old = {leaf: counts[leaf] for leaf in q.group.leaves}
-            for leaf, n in q.group.leaves.items():
-                counts[leaf] = old[leaf] + n * (gone[q.taken] - gone).astype(np.float64)
-            totals = {m: np.zeros(len(gone)) for m in self.metrics}
+        for q, gone in zip(self.queues, self.gone, strict=True):
+            back = (gone[q.taken] - gone).astype(np.float64)
+            new = {leaf: counts[leaf] + n * back for leaf, n in q.group.leaves.items()}
+            totals = self.cost.sweep(counts, new, self.metrics)
             if "units" in totals:
                 totals["units"] = -gone.astype(np.float64)
-            known: dict[tuple[int, tuple[int, ...]], int | Vector] = {}
-            for term in (self.cost.terms[k] for k in terms):
-                if term.metric in totals:
-                    value: float | Vector = term.coefficient
-                    for axis in term.axes:
-                        value = value * self._size(axis, counts, known)
-                    totals[term.metric] = totals[term.metric] + value
-            for leaf, count in old.items():
-                counts[leaf] = count
-            rows = np.stack([totals[m] for m in self.metrics])
+            rows = np.stack(
+                [np.broadcast_to(np.asarray(totals[m], dtype=np.float64), gone.shape) for m in self.metrics]
+            )
             out.append(rows - rows[:, q.taken, None])
         return out
-
-    def _size(self, axis: Axis, counts: Sizes, known: dict[tuple[int, tuple[int, ...]], int | Vector]) -> int | Vector:
-        """As in `spa.cost`, for several widths at once."""
-        term = self.cost.solution.terms[axis]
-        kind, parts = term
-        if kind == LEAF:
-            return counts[parts[0]]
-        if term not in known:
-            size: int | Vector = 1 if kind == PROD else 0
-            for part in parts:
-                piece = self._size(part, counts, known)
-                size = size * piece if kind == PROD else size + piece
-            known[term] = size
-        return known[term]
 
     def finish(self, around: Taken, reach: float, answer: Choice) -> Taken:
         """The best of a knapsack's answer, and of its answers to limits corrected by how far its costs were off.

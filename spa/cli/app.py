@@ -7,18 +7,24 @@ from typing import Annotated
 import typer
 
 from spa.cli.bench import bench
+from spa.cli.convert import float16, opset, ort, quantize
 from spa.cli.explain import explain
+from spa.cli.export_torch import export_torch
 from spa.cli.finetune import finetune
+from spa.cli.implant import implant
+from spa.cli.import_weights import import_weights
 from spa.cli.inspect import inspect
 from spa.cli.methods import methods
+from spa.cli.profile import profile
 from spa.cli.prune import apply, prune, verify
 from spa.cli.rules import rules
+from spa.cli.run import run
 from spa.version import __version__
 
 _STATUSES = (
     "Exit status: 0 success, 1 error, 2 usage, 3 not a valid model, 4 unsupported model, 5 external data, 6 plan, "
     "7 target cannot be reached, 8 verification failed, 9 ONNX Runtime cannot run the model, 10 output cannot be "
-    "written, 70 internal error, 130 interrupted."
+    "written, 11 a gate was missed, 70 internal error, 130 interrupted."
 )
 
 app = typer.Typer(
@@ -28,7 +34,27 @@ app = typer.Typer(
     help="Exact structured pruning of any neural network at the ONNX level.",
     epilog=_STATUSES,
 )
-for command in (inspect, explain, prune, apply, verify, finetune, bench, rules, methods):
+_COMMANDS = (
+    inspect,
+    explain,
+    prune,
+    apply,
+    verify,
+    implant,
+    finetune,
+    export_torch,
+    import_weights,
+    quantize,
+    float16,
+    opset,
+    ort,
+    run,
+    profile,
+    bench,
+    rules,
+    methods,
+)
+for command in _COMMANDS:
     app.command(epilog=_STATUSES)(command)
 
 

@@ -33,7 +33,10 @@ def finetune(
     ] = None,
     plan: Annotated[
         Path | None,
-        typer.Option(metavar="PLAN.json", help="Plan that made PRUNED of the teacher: matches layers, and is checked."),
+        typer.Option(
+            metavar="PLAN.json",
+            help="Plan that made PRUNED of the teacher: matches layers, and is checked; of --sparsity: will prune it.",
+        ),
     ] = None,
     loss: Annotated[
         Literal["auto", "ce", "kd", "inner"],
@@ -81,6 +84,19 @@ def finetune(
     ] = None,
     freeze: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Weights that stay as they are; repeatable.")
+    ] = None,
+    sparsity: Annotated[
+        Literal["group-lasso", "growing", "mask"] | None,
+        typer.Option(
+            help="Before pruning: shrink whole units; all (group-lasso), or those that --plan removes (growing, mask).",
+            show_default=False,
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Of --sparsity; at 1 units that nothing holds vanish.", show_default="1.5, group-lasso 1"
+        ),
     ] = None,
     provider: Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where it is trained.")] = "cpu",
     checkpoint: Annotated[
@@ -136,6 +152,8 @@ def finetune(
             distance=distance,
             augment=augment,
             freeze=read_list(freeze),
+            sparsity=sparsity,
+            strength=strength,
             provider=provider,
             checkpoint=checkpoint,
             seed=seed,
@@ -177,13 +195,15 @@ class _Shown:
 
 def _metrics(epoch: Epoch) -> list[str]:
     out = [] if epoch.accuracy is None else [f"accuracy {100 * epoch.accuracy:.1f} %"]
+    out += [] if epoch.nll is None else [f"next-token loss {epoch.nll:.4g}"]
     return out if epoch.distance is None else [*out, f"distance {epoch.distance:.4g}"]
 
 
 def _show(result: Result, verbose: bool) -> None:
     screen = output.console()
-    names = [n for n in ("ce", "kd", "inner") if n in result.history[-1].parts]
-    columns = ("epoch", "loss", *(names if len(names) > 1 else ()), "accuracy", "distance", "seconds")
+    names = [n for n in ("ce", "kd", "inner", "shrunk") if n in result.history[-1].parts]
+    metric = "nll" if result.metric == "nll" else "accuracy"
+    columns = ("epoch", "loss", *(names if len(names) > 1 else ()), metric, "distance", "seconds")
     rows = [_row(e, names if len(names) > 1 else []) for e in result.history]
     shown = rows if verbose else [rows[0], *rows[1:][-_SHOWN:]]
     screen.print(output.table(columns, shown, right=columns))
@@ -193,6 +213,8 @@ def _show(result: Result, verbose: bool) -> None:
     screen.print(samples + (f"; {len(result.matched)} blocks matched" if result.matched else ""))
     if result.metric is not None:
         screen.print(_told(result))
+    if result.penalised is not None:
+        screen.print(f"{result.gone} of {result.penalised} penalised units are gone: pruning those changes nothing")
     screen.print(
         f"proof: ONNX Runtime computes what was trained: max relative error {result.verify.max_rel_error:.1e} "
         f"(accepted: {result.verify.tolerance:.0e})"
@@ -203,6 +225,8 @@ def _show(result: Result, verbose: bool) -> None:
 def _told(result: Result) -> str:
     assert result.before is not None
     assert result.after is not None
+    if result.metric == "nll":
+        return f"cross-entropy of next tokens, held out: {result.before:.4g} -> {result.after:.4g} nats"
     if result.metric == "distance":
         return f"distance to the teacher, held out: {result.before:.4g} -> {result.after:.4g}"
     teacher = "" if result.teacher is None else f" (teacher: {100 * result.teacher:.1f} %)"
@@ -212,6 +236,7 @@ def _told(result: Result) -> str:
 def _row(epoch: Epoch, names: list[str]) -> tuple[str, ...]:
     parts = [f"{epoch.parts[n]:.4g}" if n in epoch.parts else "-" for n in names]
     accuracy = "-" if epoch.accuracy is None else f"{100 * epoch.accuracy:.1f} %"
+    accuracy = accuracy if epoch.nll is None else f"{epoch.nll:.4g}"
     distance = "-" if epoch.distance is None else f"{epoch.distance:.4g}"
     loss = f"{epoch.loss:.4g}" if epoch.epoch else "-"
     return (str(epoch.epoch), loss, *parts, accuracy, distance, f"{epoch.seconds:.1f}")

@@ -76,7 +76,7 @@ def _run(argv: list[str]) -> int:
 
     json = "--json" in argv
     try:
-        status = app(argv, prog_name="spa", standalone_mode=False)
+        status = app(argv, prog_name="spa", standalone_mode=False, obj=tuple(argv))
     except SpaError as error:
         return _fail(error.code, str(error), error.exit_status, json)
     except (typer.Abort, KeyboardInterrupt):  # older versions of typer

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from spa.cli import output
-from spa.cli.options import Dims, Json, Model, Verbose, read_dims
+from spa.cli.options import Dims, Json, Model, Verbose, read_dims, text_file
 
 if TYPE_CHECKING:
-    from spa.groups import Analysis, Frozen
+    from spa.groups import Analysis
 
 _SHOWN = 20
 """Rows of frozen axes without --verbose."""
 
 
-def inspect(model: Model, dim: Dims = None, json: Json = False, verbose: Verbose = False) -> None:
+def inspect(
+    model: Model,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="PAGE.html", help="Draw what is coupled with what, for a browser, there."),
+    ] = None,
+    dim: Dims = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
     """List the groups of a model: what can be pruned, what is frozen and why."""
     from spa.explain import inspection
     from spa.pipeline import analyze
 
-    with output.stages(quiet=json) as progress:
+    with text_file(html, model) as write, output.stages(quiet=json) as progress:
         progress("analyze", 0, 1)
         analysis = analyze(model, dims=read_dims(dim))
+        if html is not None:
+            from spa.report import chart
+
+            write(chart(analysis, model.name))
     if json:
         output.emit(inspection(analysis))
-    else:
-        _show(analysis, verbose)
+        return
+    _show(analysis, verbose)
+    if html is not None:
+        output.console().print(f"drawing: {html}", soft_wrap=True)
 
 
 def _show(analysis: Analysis, verbose: bool) -> None:
+    from spa.explain import because, is_window
+
     screen = output.console()
     screen.print(
         output.table(
@@ -49,7 +69,7 @@ def _show(analysis: Analysis, verbose: bool) -> None:
         if analysis.groups
         else "Nothing in this model can be pruned."
     )
-    rows = analysis.frozen if verbose else [f for f in analysis.frozen if not _is_window(f)]
+    rows = analysis.frozen if verbose else [f for f in analysis.frozen if not is_window(f)]
     shown = rows if verbose else rows[:_SHOWN]
     if shown:
         screen.print()
@@ -74,14 +94,3 @@ def _show(analysis: Analysis, verbose: bool) -> None:
         screen.print(
             "Groups that are not exact meet a statistic (mean, norm, softmax); `spa prune --scope all` takes them."
         )
-
-
-def _is_window(frozen: Frozen) -> bool:
-    """Kernel windows and the like: true, and of no interest."""
-    return frozen.axis >= 2 and "reads this axis as a whole" in frozen.reason.text
-
-
-def because(frozen: Frozen) -> str:
-    """The reason with the node's name."""
-    reason = frozen.reason
-    return f"{reason.text} ({reason.operator} {reason.node})" if reason.node else reason.text

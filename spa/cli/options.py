@@ -31,6 +31,13 @@ Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", help="Seed 
 NoVerify: TypeAlias = Annotated[
     bool, typer.Option("--no-verify", help="Write without comparing the result with its reference.")
 ]
+Report: TypeAlias = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="PAGE.html", help="Write a page about the result, for a browser, there."),
+]
+NoLatency: TypeAlias = Annotated[
+    bool, typer.Option("--no-latency", help="Do not measure latency for --report (some seconds).")
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and no progress.")]
 Verbose: TypeAlias = Annotated[
     bool, typer.Option("--verbose", help="Whole tables, warnings of libraries, tracebacks of internal errors.")

@@ -16,6 +16,9 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from spa.progress import Progress, silent
+from spa.readable import count as count  # they are this module's to those who print
+from spa.readable import share as share
+from spa.readable import size as size
 
 _PIPE_WIDTH = 160
 """Columns when nobody looks: names should not be broken for a program that reads them."""
@@ -34,6 +37,13 @@ _DOING = {
     "refit": "refitting layers",
     "norms": "estimating norms anew",
     "save": "writing",
+    "outputs": "comparing outputs",
+    "sensitivity": "finding nodes to leave in floating point",
+    "latency": "measuring latency",
+    "table": "getting the latency table",
+    "kit": "writing models to measure",
+    "profile": "measuring operators",
+    "measure": "measuring the result",
 }
 
 
@@ -46,7 +56,12 @@ def console(*, stderr: bool = False) -> Console:
 
 def emit(body: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout; numbers that JSON does not have (infinities, NaN) become null."""
-    sys.stdout.write(json.dumps(_plain(body), indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(as_json(body))
+
+
+def as_json(body: Mapping[str, Any]) -> str:
+    """The text of one JSON object."""
+    return json.dumps(_plain(body), indent=2, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -102,22 +117,3 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
     for row in rows:
         out.add_row(*row)
     return out
-
-
-def count(number: float) -> str:
-    """A number in thousands, millions ...: 1.23 M."""
-    for unit in ("", " K", " M", " G"):
-        if abs(number) < 999.5:
-            return f"{number:.0f}" if not unit else f"{number:.3g}{unit}"
-        number /= 1000
-    return f"{number:.4g} T"
-
-
-def size(number: float) -> str:
-    """A number of bytes: 1.23 MB."""
-    return count(number) + ("B" if number >= 999.5 else " B")
-
-
-def share(part: float, whole: float) -> str:
-    """A percentage."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"

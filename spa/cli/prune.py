@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from spa.cli import implant as implants
 from spa.cli import output
+from spa.cli.latency import attempts, headline
 from spa.cli.options import (
     Dims,
     Inputs,
     Json,
     Model,
+    NoLatency,
     NoVerify,
     Output,
+    Report,
     Seed,
     Verbose,
     check_output,
@@ -23,6 +27,7 @@ from spa.cli.options import (
     read_list,
     text_file,
 )
+from spa.cli.page import command_line, write_page
 from spa.errors import UsageError, VerifyError
 
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.json", help="Plan wr
 
 
 def prune(
+    context: typer.Context,
     model: Model,
     out: Output,
     target: Annotated[
@@ -45,7 +51,7 @@ def prune(
         typer.Option(
             "--target",
             metavar="METRIC=LIMIT",
-            help="At most: macs=0.6 (of the original), macs=2.0G, params=50%, size=10MB; repeatable, all must hold.",
+            help="At most: macs=0.6 (of the original), macs=2.0G, params=50%, size=10MB, latency=5ms; repeatable.",
             show_default=False,
         ),
     ],
@@ -117,6 +123,20 @@ def prune(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no measurements.")] = False,
     steps: Annotated[int, typer.Option(metavar="N", help="Prune in steps, and score again after each.", min=1)] = 1,
+    latency_table: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TABLE.json",
+            help="Made by `spa profile`, for latency and widths.",
+            show_default="measured if needed",
+        ),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(metavar="N", help="Inside one operator, for latency; 0: ONNX Runtime's choice.", min=0)
+    ] = 0,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Of the inputs, for latency.", min=1, show_default="1")
+    ] = None,
     scope: Annotated[
         Literal["exact", "all"],
         typer.Option(help="Only units that leave exactly, or also those that meet a statistic."),
@@ -139,6 +159,8 @@ def prune(
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Write the plan there, for `spa apply` and `spa verify`.")
     ] = None,
+    report: Report = None,
+    no_latency: NoLatency = False,
     dim: Dims = None,
     inputs: Inputs = None,
     no_verify: NoVerify = False,
@@ -153,7 +175,14 @@ def prune(
     check_output(model, out, inputs)
     if not no_verify:
         output.warn(check_installation())
-    with text_file(plan, model, out) as write, output.stages(quiet=json) as progress:
+    if no_latency and report is None:
+        raise UsageError("--no-latency is about the page of --report: give --report PAGE.html, or leave it out")
+    taken = (model, out, *filter(None, (plan, inputs)))
+    with (
+        text_file(plan, model, out) as write,
+        text_file(report, *taken) as write_report,
+        output.stages(quiet=json) as progress,
+    ):
         result = run(
             model,
             target=target,
@@ -176,6 +205,9 @@ def prune(
             provider=provider,
             cache=None if no_cache else cache or default_folder(),
             steps=steps,
+            latency_table=latency_table,
+            threads=threads,
+            batch_size=batch_size,
             scope=scope,
             kinds=read_list(kinds),
             ignore=ignore or (),
@@ -188,12 +220,27 @@ def prune(
             progress=progress,
         )
         write(result.plan.to_json())
+        if report is not None:
+            write_page(
+                write_report,
+                result,
+                model,
+                command=command_line(context),
+                latency=not no_latency,
+                provider=provider,
+                dims=read_dims(dim),
+                inputs=inputs,
+                seed=seed,
+                progress=progress,
+            )
     if json:
-        output.emit(_json(result, plan))
+        output.emit({**_json(result, plan), "page": None if report is None else str(report)})
         return
     _show(result, model, verbose)
     if plan is not None:
         output.console().print(f"plan: {plan}", soft_wrap=True)
+    if report is not None:
+        output.console().print(f"report: {report}", soft_wrap=True)
 
 
 def apply(
@@ -210,6 +257,9 @@ def apply(
     from spa.pipeline import apply as run
 
     check_output(model, out, plan, inputs)
+    if implants.is_record(plan):
+        implants.again(model, plan, out, dim, inputs, check=not no_verify, json=json, verbose=verbose)
+        return
     with output.stages(quiet=json) as progress:
         result = run(
             model, plan, output=out, dims=read_dims(dim), inputs=inputs, check=not no_verify, progress=progress
@@ -233,12 +283,16 @@ def verify(
     """Compare a pruned model with the reference that its plan defines on the original."""
     from spa.pipeline import verify as run
 
+    planted = implants.is_record(plan)
     with output.stages(quiet=json) as progress:
         progress("verify", 0, 1)
-        found = run(model, pruned, plan, seed=seed, dims=read_dims(dim), inputs=inputs)
+        found = (implants.verify if planted else run)(
+            model, pruned, plan, seed=seed, dims=read_dims(dim), inputs=inputs
+        )
     body: dict[str, Any] = {**_verification(found), "passed": found.passed}
     if found.passed:
         text = _changed(found, pruned, plan) if found.compensated else _proof(found)
+        text = implants.proof(found) if planted else text
         output.emit(body) if json else output.console().print(text, soft_wrap=True)
         return
     message = (
@@ -284,6 +338,7 @@ def _json(result: Result, plan: Path | None) -> dict[str, Any]:
 def _show(result: Result, model: Path, verbose: bool) -> None:
     screen = output.console()
     report = result.report
+    screen.print(headline(report.latency), soft_wrap=True)
     rows = [
         ("MACs", output.count(report.macs.before), output.count(report.macs.after), report.macs),
         (
@@ -315,6 +370,9 @@ def _show(result: Result, model: Path, verbose: bool) -> None:
     screen.print(f"{report.removed_units} units removed from {report.groups} groups")
     if report.align != "auto":
         screen.print(f"kept units are a multiple of {report.align}")
+    if report.latency is not None:
+        for line in attempts(report.latency):
+            screen.print(line, soft_wrap=True)
     if report.optimality is not None:
         screen.print(_optimality(report.optimality), soft_wrap=True)
     screen.print()

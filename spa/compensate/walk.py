@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from spa.calibration import Calibration
 from spa.compensate.bias import Bias, bias_of
 from spa.compensate.pairs import Pair, pair_up, site_ancestors, steps
+from spa.compensate.rotation import Mixer
 from spa.executors.collect import Setup
 from spa.executors.front import Front, Values, Window
 from spa.executors.meter import Meter
@@ -45,6 +46,7 @@ def refit_sites(
     damping: float | None = None,
     residual: bool = True,
     bends: int = 2,
+    mixer: Mixer | None = None,
     progress: Progress = silent,
 ) -> None:
     """Refit every site of the pruned model (`twin`, which is changed) whose inputs differ from the original's.
@@ -58,9 +60,12 @@ def refit_sites(
         damping: ridge towards the weights there are, relative to the mean variance of the inputs; None chooses it
             for each site by cross-validation over two halves of the samples.
         residual: also correct the error of the branch that is added to a site's output.
+        mixer: mixes the outputs of projections within attention heads.
         bends: rounds that adapt the targets to a clipping activation behind a site.
         progress: told how many sites are done (`refit`).
     """
+    if mixer is not None:
+        mixer.write(twin)
     pairs = pair_up(analysis, kept, twin)
     biases = {pair: bias_of(twin, pair.pruned) for pair in pairs}
     after = Segments.of(twin.model, setup.provider, setup.threads)
@@ -74,10 +79,12 @@ def refit_sites(
         wanted: tuple[list[str], list[str]] = [], []
         tasks = []
         for pair in step:
-            skip = pair.behind.skip if residual else None
+            mix = mixer.rows(pair.original) if mixer is not None else None
+            skip = pair.behind.skip if residual and mix is None else None
             if skip is not None and ancestors.get(skip[1], frozenset()) & _pending(pairs, done):
                 skip = None
-            tasks.append(_Task(pair, skip, _meter(pair, skip is not None, data, setup, before, after)))
+            meter = _meter(pair, mix is not None, skip is not None, data, setup, before, after)
+            tasks.append(_Task(pair, skip, meter, mix))
             wanted[0].extend((pair.target, *(skip or ())[:1]))
             wanted[1].extend((pair.pruned.data.name or "", *(skip or ())[1:]))
         starts = (
@@ -106,6 +113,8 @@ class _Task:
     pair: Pair
     skip: tuple[str, str] | None
     meter: Meter
+    mix: NDArray[np.float64] | None
+    """What its outputs are made of, [outputs, outputs of the original]; None where they are some of these."""
 
     def split(self, dense: Values, small: Values) -> None:
         """Measure one batch, in halves: values of the original and of the pruned model."""
@@ -127,16 +136,19 @@ class _Task:
         return place(self.pair.behind.scale.astype(np.float32))
 
 
-def _meter(pair: Pair, skip: bool, data: Calibration, setup: Setup, before: Segments, after: Segments) -> Meter:
+def _meter(
+    pair: Pair, mixed: bool, skip: bool, data: Calibration, setup: Setup, before: Segments, after: Segments
+) -> Meter:
     kinds = [
         ir.DataType(parts.types.get(v.name or "", 0) or int(ir.DataType.FLOAT))
         for parts, v in ((after, pair.pruned.data), (before, pair.original.output))
     ]
+    width = pair.original.groups * pair.original.rows
     return Meter(
         pair.pruned,
         data.samples,
-        select=pair.outputs,
-        width=pair.original.groups * pair.original.rows,
+        select=np.arange(width) if mixed else pair.outputs,
+        width=width,
         skip=skip,
         dtypes=(kinds[0], kinds[1]),
         provider=setup.provider,
@@ -150,6 +162,8 @@ def _solve(
     """Give one site its new weights and bias, in the pruned model and in `parts`, which runs it."""
     site = task.pair.pruned
     moments, other = task.meter.halves()
+    if task.mix is not None:
+        moments, other = moments.mixed(task.mix), other.mixed(task.mix) if other is not None else None
     tensor = constant_of(site.weight)
     assert tensor is not None
     prior = site.matrix(tensor.numpy())
@@ -160,7 +174,7 @@ def _solve(
     solved = [Refitter(c, w, damping) for c, w in zip(moments.covariance, prior, strict=True)]
     new = np.stack([s(c) for s, c in zip(solved, moments.cross, strict=True)])
     offset = moments.mean_t - np.einsum("gmd,gd->gm", new, moments.mean_x)
-    for _ in range(bends if task.pair.behind.bends else 0):
+    for _ in range(bends if task.pair.behind.bends and task.mix is None else 0):
         more = _bend(task, new, offset)
         task.meter.clear()
         for dense, small in zip(*values, strict=True):

@@ -9,6 +9,7 @@ from spa.criteria.cfsp import CFSP
 from spa.criteria.feature_moment import FEATURE_MOMENT
 from spa.criteria.fluctuation import FLUCTUATION
 from spa.criteria.gates import GATES
+from spa.criteria.lrp import LRP
 from spa.criteria.obspa import OBSPA
 from spa.criteria.variance import VARIANCE
 from spa.criteria.weight_gradients import WEIGHT_GRADIENTS
@@ -26,6 +27,7 @@ CRITERIA: dict[str, Criterion] = {
         CFSP,
         FEATURE_MOMENT,
         *GATES,
+        LRP,
         *WEIGHT_GRADIENTS,
     )
 }

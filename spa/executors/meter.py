@@ -34,7 +34,7 @@ class Meter:
     Args:
         site: the operator.
         samples: how many samples there will be; decides how many positions of each are looked at.
-        select: which channels of the targets belong to the site's outputs; None for all.
+        select: which channels of the targets are looked at; None for the first of as many as the site has outputs.
         width: channels of the targets as they come; 0 without targets.
         skip: the targets come with a residual branch, see `kernels.Form.skip`.
         dtypes: element types of the inputs and of the targets.
@@ -60,13 +60,13 @@ class Meter:
             site.groups,
             site.channels,
             site.taps,
-            site.rows if width else 0,
+            (site.rows if select is None else len(select) // site.groups) if width else 0,
             *dtypes,
             width=width,
             skip=skip,
         )
         self.constants: dict[str, Value] = {}
-        if width > site.groups * site.rows:
+        if width > site.groups * self.form.rows:
             assert select is not None
             self.constants["select"] = kernels.indices(select)
         self._sums = [_Sum(), _Sum()]

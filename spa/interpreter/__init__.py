@@ -22,7 +22,7 @@ from spa.interpreter.base import Unsupported, table
 from spa.interpreter.gates import Gates
 from spa.interpreter.losses import CausalLM, CrossEntropy, Distance, GraphLoss, Loss, SampledLabels, SquaredError
 from spa.interpreter.module import Interpreter, Support, supported
-from spa.interpreter.untie import untie
+from spa.interpreter.untie import untie, untie_if_merged
 
 __all__ = [
     "CausalLM",
@@ -39,4 +39,5 @@ __all__ = [
     "supported",
     "table",
     "untie",
+    "untie_if_merged",
 ]

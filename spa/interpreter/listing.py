@@ -40,6 +40,10 @@ network.trained()  # {initializer: array}, in the model's own types
 - **Losses** give one number per sample: `CrossEntropy`, `SquaredError`, `CausalLM`; without labels `SampledLabels`
   (drawn from the model's own outputs: the true Fisher information) and `Distance` (to the outputs of the dense model);
   `GraphLoss(Interpreter(...))`, an ONNX graph that computes it; or any callable of outputs and targets.
+- **Relevance**: `spa.interpreter.relevance.Propagation(graph)` is the same network with derivatives that follow the
+  rules of layer-wise relevance propagation, so that `activation x derivative` is a relevance; `gate_relevance` sums it
+  per unit and sample. Bodies of loops and branches, and operators without a rule, keep their true derivatives.
+- **As source**: `spa export-torch` writes a model as a torch module in plain code ([training elsewhere](finetune.md)).
 - **What is not supported** is one error that names the nodes, before anything runs; `supported(graph)` lists a model's
   operators with reasons.
 

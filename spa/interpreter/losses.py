@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from spa.errors import UsageError
+from spa.interpreter.outputs import Kind, class_axis, is_scores, per_sample, scores
 
 Values = Mapping[str, Tensor]
-Kind = Literal["auto", "logits", "values"]
 
 
 class Loss(Protocol):
@@ -42,11 +42,6 @@ def only(values: Values, name: str | None, what: str) -> Tensor:
             f"the loss needs one {what} but there are {', '.join(found) or 'none'}: name the one that is meant."
         )
     return values[found[0]]
-
-
-def _per_sample(x: Tensor) -> Tensor:
-    """Means over everything but the first axis."""
-    return x.flatten(1).mean(1) if x.dim() > 1 else x
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,7 @@ class SquaredError:
         goal = only(targets, self.target, "target").to(y)
         if goal.shape != y.shape:
             raise UsageError(f"targets of shape {list(goal.shape)} do not fit outputs of shape {list(y.shape)}.")
-        return _per_sample((y - goal).square())
+        return per_sample((y - goal).square())
 
 
 @dataclass(frozen=True)
@@ -170,34 +165,45 @@ class GraphLoss:
         return next(iter(found.values())).reshape(-1)
 
 
+def spread(x: Tensor) -> Tensor:
+    """The variance of all numbers, at least a little."""
+    return x.var(unbiased=False).clamp_min(1e-8)
+
+
 @dataclass(frozen=True)
 class Distance:
-    """How far outputs are from those of the dense model: KL divergence for logits, mean squared error otherwise."""
+    """How far outputs are from those of the dense model.
+
+    Scores of classes: T^2 KL(dense || model) of softmax(scores / T) (Hinton et al., arXiv 1503.02531). Other outputs:
+    the mean squared error.
+    """
 
     kind: Kind = "auto"
-    """`auto`: an output is logits if its name says so."""
+    """Which of them; `auto`: see `spa.interpreter.outputs.is_scores`."""
+    temperature: float = 1.0
+    relative: bool = False
+    """Whether squared errors are divided by the variance of the dense model's output."""
     last: bool | None = None
     """Whether the classes are the last axis; None: if the output is a matrix or has three axes."""
 
     def __call__(self, outputs: Values, targets: Values) -> Tensor:
         """[n], added over the float outputs that have a target. Raises: UsageError if there is none."""
-        parts = []
-        for name, y in outputs.items():
-            goal = targets.get(name)
-            if goal is None or not y.is_floating_point() or y.dim() == 0:
-                continue
-            goal = goal.detach().to(y)
-            parts.append(self._divergence(y, goal) if self._is_logits(name, y) else _per_sample((y - goal).square()))
-        if not parts:
+        known = {
+            n: y.float() if y.dtype in (torch.float16, torch.bfloat16) else y
+            for n, y in outputs.items()
+            if n in targets and y.is_floating_point() and y.dim()
+        }
+        if not known:
             raise UsageError("no output of the model has a dense output to compare with; pass them by output name.")
-        return torch.stack(parts).sum(0)
+        return torch.stack([self._one(n, y, targets[n].detach().to(y), len(known)) for n, y in known.items()]).sum(0)
 
-    def _is_logits(self, name: str, y: Tensor) -> bool:
-        if self.kind != "auto":
-            return self.kind == "logits"
-        return y.dim() >= 2 and "logit" in name.lower()
+    def _one(self, name: str, y: Tensor, goal: Tensor, outputs: int) -> Tensor:
+        if is_scores(name, y, outputs, self.kind):
+            return self._divergence(y, goal)
+        error = per_sample((y - goal).square())
+        return error / spread(goal) if self.relative else error
 
     def _divergence(self, y: Tensor, goal: Tensor) -> Tensor:
-        axis = -1 if (self.last if self.last is not None else y.dim() <= 3) else 1
-        have, want = torch.log_softmax(y, axis), torch.log_softmax(goal, axis)
-        return _per_sample((want.exp() * (want - have)).sum(axis))
+        axis = class_axis(y) if self.last is None else -1 if self.last else 1
+        have, want = (torch.log_softmax(scores(v) / self.temperature, axis) for v in (y, goal))
+        return self.temperature**2 * per_sample((want.exp() * (want - have)).sum(axis))

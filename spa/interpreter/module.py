@@ -56,10 +56,7 @@ class Interpreter(Module):
         super().__init__()
         self.model = model.model if isinstance(model, Graph) else model
         self._state = State()
-        self._leaves: Leaves = find(self.model, parameters)
-        compiler = _compile(self.model, self._state, self._leaves)
-        if compiler.missing:
-            raise UnsupportedModelError(_complaint(compiler.missing))
+        compiler, self._leaves = compiled(self.model, self._state, parameters)
         self._compiler = compiler
         self._constants = compiler.constants
         self._held: dict[ir.Value, Tensor] = {}
@@ -204,6 +201,22 @@ def _fed(value: Any, state: State) -> Any:
     if state.unified is not None and tensor.is_floating_point() and tensor.dtype != state.unified:
         tensor = converted(tensor, state.unified)
     return tensor.to(state.device)
+
+
+def compiled(
+    model: ir.Model, state: State | None = None, parameters: Collection[str] | None = None
+) -> tuple[Compiler, Leaves]:
+    """A model as a program, and its numbers.
+
+    Raises:
+        UnsupportedModelError: nodes that cannot be computed; the message names them.
+        UsageError: a name in `parameters` is no float initializer.
+    """
+    leaves = find(model, parameters)
+    compiler = _compile(model, state or State(), leaves)
+    if compiler.missing:
+        raise UnsupportedModelError(_complaint(compiler.missing))
+    return compiler, leaves
 
 
 def _compile(model: ir.Model, state: State, leaves: Leaves) -> Compiler:

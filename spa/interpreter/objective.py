@@ -13,6 +13,7 @@ from torch import Tensor
 from spa.errors import UsageError
 from spa.interpreter.losses import CausalLM, CrossEntropy, Loss, SampledLabels
 from spa.interpreter.module import Interpreter, Multipliers
+from spa.interpreter.outputs import is_scores, scores, token_inputs
 
 Run = Callable[[Mapping[str, Any], "NDArray[np.int64] | None", Multipliers | None], Tensor]
 """(feeds, labels, gates) -> losses of the samples, [n]."""
@@ -53,7 +54,7 @@ def objective(kind: str | Loss, network: Interpreter, seed: int = 0, temperature
             targets["labels"] = torch.as_tensor(labels).to(device)
         if not isinstance(kind, str):
             return kind(outputs, targets)
-        name = _chosen(kind, outputs, labels)
+        name = chosen(kind, outputs, labels)
         if name == "ce":
             if labels is None:
                 raise UsageError("--loss ce needs labels with the samples: an array `labels` in the .npz file")
@@ -61,19 +62,18 @@ def objective(kind: str | Loss, network: Interpreter, seed: int = 0, temperature
         if name == "lm":
             return CausalLM()(_scores(outputs), {"tokens": _tokens(feeds, targets)})
         if name == "sampled":
-            scores = {n: y for n, y in outputs.items() if y.dim() >= 2}
-            return torch.stack([drawn[y.dim() == _CLASSES]({n: _logits(y)}) for n, y in scores.items()]).sum(0)
+            classes = {n: y for n, y in outputs.items() if y.dim() >= 2}
+            return torch.stack([drawn[y.dim() == _CLASSES]({n: scores(y)}) for n, y in classes.items()]).sum(0)
         return torch.stack([_gaussian(y, noise) for y in outputs.values()]).sum(0)
 
     return run
 
 
-def _chosen(kind: str, outputs: Mapping[str, Tensor], labels: NDArray[np.int64] | None) -> str:
+def chosen(kind: str, outputs: Mapping[str, Tensor], labels: NDArray[np.int64] | None) -> str:
+    """What `auto` stands for (see `objective`); other kinds stand for themselves."""
     if kind != "auto":
         return kind
-    classes = [
-        y for n, y in outputs.items() if y.dim() in (2, _CLASSES) and y.shape[-1] > 1 and "embed" not in n.lower()
-    ]
+    classes = [y for n, y in outputs.items() if y.dim() in (2, _CLASSES) and is_scores(n, y, len(outputs))]
     if len(outputs) > 1 or not classes:
         return "gaussian"
     fits = labels is not None and classes[0].dim() == 2 and labels.ndim == 1 and labels.max() < classes[0].shape[1]
@@ -81,22 +81,13 @@ def _chosen(kind: str, outputs: Mapping[str, Tensor], labels: NDArray[np.int64] 
 
 
 def _scores(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {n: _logits(y) for n, y in outputs.items()}
-
-
-def _logits(y: Tensor) -> Tensor:
-    """Scores before a softmax: a model that ends in one gives probabilities, whose logarithms they are."""
-    with torch.no_grad():
-        sums = y.sum(1 if y.dim() != _CLASSES else -1)
-        probabilities = bool((y >= 0).all()) and bool((sums - 1).abs().max() < 1e-3)
-    return (y + 1e-12).log() if probabilities else y
+    return {n: scores(y) for n, y in outputs.items()}
 
 
 def _tokens(feeds: Mapping[str, Any], targets: Mapping[str, Tensor]) -> Tensor:
-    found = [n for n, a in feeds.items() if np.issubdtype(np.asarray(a).dtype, np.integer) and np.ndim(a) == 2]
-    named = [n for n in found if "id" in n.lower() or "token" in n.lower()] or found
+    named = token_inputs(feeds)
     if len(named) != 1:
-        raise UsageError(f"--loss lm: which input holds the token ids is not clear among {', '.join(found) or 'none'}")
+        raise UsageError(f"--loss lm: which input holds the token ids is not clear among {', '.join(named) or 'none'}")
     return targets[named[0]]
 
 

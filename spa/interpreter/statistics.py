@@ -17,7 +17,7 @@ from spa.groups import Analysis, Group
 from spa.interpreter.gates import Gates
 from spa.interpreter.losses import Loss
 from spa.interpreter.module import Interpreter
-from spa.interpreter.objective import objective
+from spa.interpreter.objective import Run, objective
 
 Array = NDArray[np.float64]
 Tell = Callable[[int, int], None]
@@ -64,16 +64,20 @@ def gate_gradients(task: Task) -> dict[str, NDArray[np.float32]]:
     """
     network = task.network()
     network.requires_grad_(False)
-    loss = objective(task.loss, network, task.seed)
+    return gates_by_sample(task, lambda: objective(task.loss, network, task.seed))
+
+
+def gates_by_sample(task: Task, make: Callable[[], Run]) -> dict[str, NDArray[np.float32]]:
+    """Derivatives of what `make()` gives for each sample, with respect to the gates, [samples, units] per group."""
     try:
-        return _gate_gradients(task, network, loss, task.batch)
+        return _gates_by_sample(task, make(), task.batch)
     except UsageError:
         if task.batch == 1:
             raise
-        return _gate_gradients(task, network, objective(task.loss, network, task.seed), 1)
+        return _gates_by_sample(task, make(), 1)
 
 
-def _gate_gradients(task: Task, network: Interpreter, loss: Any, size: int) -> dict[str, NDArray[np.float32]]:
+def _gates_by_sample(task: Task, loss: Run, size: int) -> dict[str, NDArray[np.float32]]:
     found: dict[str, list[NDArray[np.float32]]] = {}
     for feeds, labels in task.batches(size):
         count = len(next(iter(feeds.values())))
@@ -81,8 +85,10 @@ def _gate_gradients(task: Task, network: Interpreter, loss: Any, size: int) -> d
         gates = Gates(task.analysis, task.groups, samples=0 if single else count, device=task.device)
         if single and count > 1:
             raise UsageError("the model's batch is fixed and its gates cannot be told apart by sample.")
-        losses = loss(feeds, labels, gates)
         vectors = list(gates.vectors.values())
+        if not vectors:
+            return {}
+        losses = loss(feeds, labels, gates)
         grads = _filled(torch.autograd.grad(losses.sum(), vectors, allow_unused=True), vectors)
         for name, grad in zip(gates.vectors, grads, strict=True):
             found.setdefault(name, []).append(grad.float().cpu().numpy().reshape(-1, grad.shape[-1]))

@@ -46,3 +46,21 @@ def _fresh(name: str, names: set[str | None]) -> str:
         free = f"{name}.{number}"
     names.add(free)
     return free
+
+
+def untie_if_merged(model: ir.Model) -> None:
+    """Take vectors apart that an exporter merged because they happened to be equal, as in an untrained network.
+
+    That is so if nodes share a vector of all the same numbers, or the statistics of a BatchNormalization.
+    """
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or len(tensor.shape) != 1 or tensor.size < 2 or not tensor.dtype.is_floating_point():
+            continue
+        uses = list(reached(value))
+        if len(uses) < 2:
+            continue
+        numbers = tensor.numpy()
+        if bool((numbers == numbers[0]).all()) or any(n.op_type == "BatchNormalization" and k > 2 for n, k in uses):
+            untie(model)
+            return

@@ -18,6 +18,7 @@ from spa.train import state as states
 from spa.train.objective import Objective, cross_entropy, hits, outputs_of, tensors
 from spa.train.samples import batches, order, taken
 from spa.train.settings import Settings
+from spa.train.sparsity import Shrinkage
 from spa.train.state import Epoch, State, copied
 
 
@@ -33,6 +34,8 @@ class Loop:
     key: str
     progress: Progress
     told: Callable[[Epoch], None]
+    shrinkage: Shrinkage | None = None
+    """Of units that should be small in the end."""
 
     def __post_init__(self) -> None:
         self.settings: Settings = self.objective.settings
@@ -51,6 +54,7 @@ class Loop:
             self.optimiser = torch.optim.AdamW(groups, self.settings.lr)
         self.per_epoch = -(-len(order(self.fit, self.settings, 1)) // self.settings.accumulate)
         self.total = self.per_epoch * self.settings.epochs
+        self.factors = sum(factor(k, self.total, self.settings) for k in range(self.total))
 
     def run(self) -> State:
         """Train to the end (or early stop); the network then has the best weights, those of `State.best`."""
@@ -132,6 +136,8 @@ class Loop:
         if state.average is not None:
             self.network.load_state_dict(state.average)
         loss = means.pop("loss")
+        if self.shrinkage is not None:
+            means["shrunk"] = self.shrinkage.left()
         rate = float(self.optimiser.param_groups[0]["lr"])
         epoch = self._judged(number, loss, means, rate, time.perf_counter() - start)
         self._compare(state, epoch)
@@ -140,11 +146,14 @@ class Loop:
         self.told(epoch)
 
     def _step(self, state: State) -> None:
-        rate = self.settings.lr * factor(state.step, self.total, self.settings)
+        scale = factor(state.step, self.total, self.settings)
+        rate = self.settings.lr * scale
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+        if self.shrinkage is not None:
+            self.shrinkage(self.shrinkage.threshold(state.step, self.total, scale, self.factors))
         state.step += 1
         if state.average is not None:
             keep = min(self.settings.ema, (1 + state.step) / (10 + state.step))  # the start is soon forgotten
@@ -154,20 +163,21 @@ class Loop:
         self.progress("train", state.step, self.total)
 
     def _compare(self, state: State, epoch: Epoch) -> None:
-        """Keep the weights if they are the best so far; without anything to compare the last ones are."""
+        """Keep the weights if they are the best so far; without anything to compare the last ones are.
+
+        So are they where units are shrunk: what has not been shrunk is always better.
+        """
         best = state.history[state.best_epoch].metric
-        if best is None or epoch.metric is None or epoch.metric >= best:
+        last = self.shrinkage is not None or best is None or epoch.metric is None
+        if last or (best is not None and epoch.metric is not None and epoch.metric >= best):
             state.best_epoch = epoch.epoch
             state.best = copied(self.network.state_dict())
         state.history.append(epoch)
         state.stopped = epoch.metric is not None and epoch.epoch - state.best_epoch >= self.settings.patience
 
     def _judged(self, number: int, loss: float, parts: dict[str, float], rate: float, seconds: float) -> Epoch:
-        accuracy, distance = None, None
-        if self.test is not None:
-            found = measured(self.objective, self.test)
-            accuracy, distance = found.accuracy, found.distance
-        return Epoch(number, loss, parts, accuracy, distance, rate, seconds)
+        found = Measured() if self.test is None else measured(self.objective, self.test)
+        return Epoch(number, loss, parts, found.accuracy, found.distance, rate, seconds, found.nll)
 
 
 def factor(step: int, total: int, settings: Settings) -> float:
@@ -184,18 +194,22 @@ def factor(step: int, total: int, settings: Settings) -> float:
 class Measured:
     """How well a model does on samples."""
 
-    accuracy: float | None
-    distance: float | None
+    accuracy: float | None = None
+    distance: float | None = None
+    nll: float | None = None
+    """Mean cross-entropy of next tokens."""
 
 
 @torch.no_grad()
 def measured(objective: Objective, data: Calibration) -> Measured:
-    """Accuracy where there are labels for the only output, and distance to the teacher where there is one."""
+    """Accuracy where there are labels for the only output, cross-entropy of next tokens of a language model without
+    labels, and distance to the teacher where there is one."""
     network, teacher = objective.student, objective.teacher
     names = objective.shared or outputs_of(network)
     was = network.training
     network.eval()
-    right, far, count = 0, 0.0, 0
+    right, far, said, count = 0, 0.0, 0.0, 0
+    speaks = objective.language if data.labels is None else None
     for batch in batches(data, objective.settings.batch):
         feeds = tensors(batch, network.device)
         outputs = network(feeds, outputs=names)
@@ -203,9 +217,15 @@ def measured(objective: Objective, data: Calibration) -> Measured:
             if not count:
                 cross_entropy(outputs, batch.labels)  # says what does not fit
             right += hits(outputs, batch.labels)
+        if speaks is not None:
+            said += float(speaks.loss(outputs, feeds).sum())
         if teacher is not None and objective.settings.loss != "ce":
             far += float(objective.distance(outputs, teacher(feeds, outputs=names)).sum())
         count += batch.size
     network.train(was)
     distant = teacher is not None and objective.settings.loss != "ce"
-    return Measured(right / count if objective.labelled else None, far / count if distant else None)
+    return Measured(
+        right / count if objective.labelled else None,
+        far / count if distant else None,
+        said / count if speaks is not None else None,
+    )

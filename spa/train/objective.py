@@ -1,4 +1,4 @@
-"""What is minimised: cross-entropy, distance to the teacher's outputs, and distance to its inner activations.
+"""What is minimised: cross-entropy (of labels or next tokens), distance to the teacher's outputs and inner activations.
 
 The inner part is that of Aflalo et al., "Knapsack Pruning with Inner Distillation", 2020: activations of blocks against
 the teacher's, through a linear map over the channels where their number differs. Here each block's squared error is
@@ -17,45 +17,20 @@ from torch import Tensor
 from torch.nn import Module, Parameter, ParameterList
 
 from spa.errors import UsageError
-from spa.interpreter import CrossEntropy, Interpreter
+from spa.interpreter import CausalLM, CrossEntropy, Distance, Interpreter
+from spa.interpreter.losses import spread
+from spa.interpreter.outputs import scores, token_inputs
 from spa.train.matching import Pair
 from spa.train.samples import Batch
 from spa.train.settings import Settings
 
 Values = Mapping[str, Tensor]
-_CLASSES_LAST = 3
-"""Up to this rank classes are the last axis, from the next one on the second."""
+_IGNORED = -100
+"""The label of a position that does not count."""
 _RIDGE = 1e-3
 """Of the least squares that maps start from, relative to the mean squared activation."""
 _ROWS = 1 << 14
 """Positions that maps are fit on at most."""
-
-
-def scores(y: Tensor) -> Tensor:
-    """Scores before a softmax, in float32: a model that ends in one gives probabilities, whose logarithms they are."""
-    y = y.float()
-    with torch.no_grad():
-        axis = _axis(y)
-        sums = y.sum(axis)
-        probabilities = bool((y >= 0).all()) and bool((sums - 1).abs().max() < 1e-3)
-    return (y + 1e-12).log() if probabilities else y
-
-
-def _axis(y: Tensor) -> int:
-    return -1 if y.dim() <= _CLASSES_LAST else 1
-
-
-def classes(name: str, y: Tensor, outputs: int, kind: str) -> bool:
-    """Whether an output holds scores of classes."""
-    if kind != "auto" or y.dim() < 2:
-        return kind == "logits" and y.dim() >= 2
-    single = outputs == 1 and y.dim() <= _CLASSES_LAST and y.shape[-1] > 1 and "embed" not in name.lower()
-    return "logit" in name.lower() or single
-
-
-def per_sample(x: Tensor) -> Tensor:
-    """Means over everything but the first axis, [n]."""
-    return x.flatten(1).mean(1) if x.dim() > 1 else x
 
 
 @dataclass(frozen=True)
@@ -114,6 +89,8 @@ class Objective:
     maps: Maps = field(default_factory=lambda: Maps(()))
     shared: tuple[str, ...] = ()
     """Float outputs that both models have."""
+    language: Language | None = None
+    """Where there are no labels: how next tokens are."""
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Means over the batch: `loss`, and those of `ce`, `kd`, `inner` that it is made of."""
@@ -126,8 +103,11 @@ class Objective:
         mine = self._run(self.student, feeds, [i.mine for i in self.inner])
         outputs = {n: mine[n] for n in self._outputs(self.student)}
         parts: dict[str, Tensor] = {}
-        if batch.labels is not None and (settings.loss == "ce" or (self.labelled and settings.alpha < 1)):
-            parts["ce"] = cross_entropy(outputs, batch.labels).mean()
+        if settings.loss == "ce" or settings.alpha < 1:
+            if batch.labels is not None and (settings.loss == "ce" or self.labelled):
+                parts["ce"] = cross_entropy(outputs, batch.labels).mean()
+            elif batch.labels is None and self.language is not None:
+                parts["ce"] = self.language.loss(outputs, feeds).mean()
         if settings.loss != "ce":
             parts["kd"] = self.distance(outputs, theirs).mean()
         weights = self._weights(parts)
@@ -153,23 +133,9 @@ class Objective:
         return self.shared or outputs_of(network)
 
     def distance(self, outputs: Values, theirs: Values) -> Tensor:
-        """From the teacher's outputs, added over the outputs, [n].
-
-        The divergence T^2 KL(teacher || student) of softmax(scores / T) for scores of classes (Hinton et al., 2015),
-        the squared error divided by the teacher's variance for other outputs.
-        """
-        heat = self.settings.temperature
-        found = []
-        for name in self.shared:
-            y, goal = outputs[name], theirs[name].detach()
-            if classes(name, y, len(self.shared), self.settings.distance):
-                axis = _axis(y)
-                have, want = (torch.log_softmax(scores(v) / heat, axis) for v in (y, goal))
-                found.append(heat**2 * per_sample((want.exp() * (want - have)).sum(axis)))
-            else:
-                y, goal = y.float(), goal.float()
-                found.append(per_sample((y - goal).square()) / spread(goal))
-        return torch.stack(found).sum(0)
+        """From the teacher's outputs, added over the outputs, [n]."""
+        kind = Distance(self.settings.distance, self.settings.temperature, relative=True)
+        return kind({n: outputs[n] for n in self.shared}, theirs)
 
 
 def tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -180,11 +146,6 @@ def tensors(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def outputs_of(network: Interpreter) -> tuple[str, ...]:
     """Names of the model's floating-point outputs."""
     return tuple(v.name or "" for v in network.model.graph.outputs if v.dtype is None or v.dtype.is_floating_point())
-
-
-def spread(x: Tensor) -> Tensor:
-    """The variance of all numbers, at least a little."""
-    return x.var(unbiased=False).clamp_min(1e-8)
 
 
 def normalised(x: Tensor, goal: Tensor) -> Tensor:
@@ -202,6 +163,50 @@ def hits(outputs: Values, labels: np.ndarray) -> int:
     """How many samples get the highest score at their label."""
     y = next(iter(outputs.values()))
     return int((y.argmax(1).cpu() == torch.as_tensor(labels)).sum())
+
+
+@dataclass(frozen=True)
+class Language:
+    """A causal language model: what it is fed says what it should have said."""
+
+    tokens: str
+    """The input with the token ids, [n, tokens]."""
+    mask: str | None = None
+    """The input that is 0 where a token is padding."""
+
+    def loss(self, outputs: Values, feeds: Values) -> Tensor:
+        """Cross-entropy of the next tokens, mean over those of each sample, [n]. Raises: UsageError (ids too large)."""
+        ids = feeds[self.tokens].to(torch.int64)
+        if self.mask is not None:
+            ids = ids.masked_fill(feeds[self.mask] == 0, _IGNORED)
+        known = {n: scores(y) for n, y in outputs.items()}
+        return CausalLM(ignore=_IGNORED)(known, {"tokens": ids})
+
+
+@torch.no_grad()
+def language(network: Interpreter, feeds: Values, outputs: Values) -> Language | None:
+    """How a causal language model is fed; None for any other model.
+
+    That is one with a single output [n, tokens, classes] and one input of token ids, where no output depends on a
+    later token: the last one is changed, and only its own output may change.
+    """
+    named = token_inputs({n: x.cpu().numpy() for n, x in feeds.items()})
+    if len(outputs) != 1 or not named:
+        return None
+    (y,) = outputs.values()
+    for name in named:
+        ids = feeds[name]
+        if y.dim() != 3 or y.shape[:2] != ids.shape or ids.shape[1] < 2 or int(ids.max()) >= y.shape[2]:
+            continue
+        if len(set(ids.flatten().tolist())) < 3:
+            continue  # a mask, or the kinds of segments
+        other = ids.clone()
+        other[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids.flatten()[ids.flatten() != ids[0, 0]][0], ids[:, 0])
+        (z,) = network({**feeds, name: other}, outputs=list(outputs)).values()
+        if torch.allclose(z[:, :-1], y[:, :-1], rtol=1e-3, atol=1e-4) and not torch.equal(z[:, -1], y[:, -1]):
+            masks = [n for n, x in feeds.items() if n != name and x.shape == ids.shape and "mask" in n.lower()]
+            return Language(name, masks[0] if masks else None)
+    return None
 
 
 # -- setting up ------------------------------------------------------------------------------------------------------

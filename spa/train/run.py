@@ -6,37 +6,32 @@ import fnmatch
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from spa.calibration import Calibration, load_calibration
-from spa.coupling import weights_of
-from spa.errors import OutputError, UsageError
+from spa.errors import UsageError
 from spa.graph import Graph, Source, load, restore
-from spa.interpreter import Interpreter, untie
-from spa.interpreter.leaves import reached
+from spa.interpreter import Interpreter, untie_if_merged
+from spa.interpreter.outputs import is_scores
 from spa.options import check_output
 from spa.plan import Plan
 from spa.plan import read as read_plan
 from spa.progress import Progress, silent
-from spa.runtime import open_session, run
-from spa.sites import constant_of, exchange
-from spa.store import publish, save
 from spa.train.loop import Loop, measured
 from spa.train.matching import pairs
-from spa.train.objective import Maps, Objective, classes, comparable, outputs_of, shared_outputs, tensors
-from spa.train.samples import Batch, batches, check_augment, held_out
+from spa.train.objective import Maps, Objective, comparable, language, outputs_of, shared_outputs, tensors
+from spa.train.samples import batches, check_augment, held_out
 from spa.train.settings import Settings, settled
+from spa.train.sparsity import Shrinkage, penalised
 from spa.train.state import Epoch, copied, prepare
-from spa.verify import HALF_TOLERANCE, TOLERANCE, Verification, half_precision, measure, require
+from spa.train.writing import write_back, written
+from spa.verify import Verification
 from spa.version import __version__
 
 _CHECKED = 8
@@ -60,7 +55,8 @@ class Result:
     best_epoch: int
     """The epoch whose weights were written: the one with the best metric, the last one where nothing was held out."""
     metric: str | None
-    """What was measured on the held-out samples: `accuracy`, `distance` (to the teacher), or None."""
+    """What was measured on the held-out samples: `accuracy`, `nll` (cross-entropy of next tokens), `distance` (to the
+    teacher), or None."""
     before: float | None
     """That metric of the model as it was given."""
     after: float | None
@@ -69,6 +65,10 @@ class Result:
     """The teacher's accuracy on the same samples; None without teacher or labels."""
     matched: tuple[str, ...]
     """Activations that were compared with the teacher's."""
+    gone: int | None
+    """Units that `sparsity` shrank to nothing; None without it."""
+    penalised: int | None
+    """Units that it shrank."""
     samples: int
     """Trained on."""
     held_out: int
@@ -115,6 +115,8 @@ def finetune(
     distance: str = "auto",
     augment: str | None = None,
     freeze: str | Sequence[str] = (),
+    sparsity: str | None = None,
+    strength: float | None = None,
     provider: str = "cpu",
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -157,6 +159,10 @@ def finetune(
             so, or if it is the only output, a matrix or of three axes, and not called an embedding.
         augment: `flip-crop` for images: mirrored or not, and moved by up to an eighth of their size.
         freeze: shell patterns; weights of these names stay as they are.
+        sparsity: shrink coupled slices of units before they are pruned: `group-lasso` of all units, `mask` or `growing`
+            of those that `plan` (which then is that of the model itself) will remove; see `spa.train.sparsity`.
+        strength: of that; from 1 on a unit of `mask` or `growing` that no gradient holds is gone at the end. 1.5 for
+            these by default, 1 for `group-lasso`.
         provider: where it is trained: `cpu`, `cuda`, or `auto`.
         checkpoint: folder that keeps the state after each epoch; a run that was killed goes on from there, and ends as
             if it had not been (bit for bit on the CPU with as many threads).
@@ -185,6 +191,9 @@ def finetune(
         lr=lr,
         weight_decay=weight_decay,
         freeze=freeze,
+        sparsity=sparsity,
+        strength=strength,
+        plan=plan is not None,
         epochs=epochs,
         batch=batch,
         warmup=warmup,
@@ -198,7 +207,7 @@ def finetune(
         gamma=gamma,
         seed=seed,
     )
-    if plan is not None and teacher is None:
+    if plan is not None and teacher is None and sparsity is None:
         raise UsageError("--plan says how the model was made of another one: give that as --teacher MODEL.")
     device = _device(provider)
     check_output(output)
@@ -219,30 +228,29 @@ def finetune(
         dims=dims,
     )
     check_augment(read, settings)
-    if settings.loss == "ce" and read.labels is None:
-        raise UsageError(
-            f"--loss ce needs labels with the samples ({read.name} has none): an array `labels` in the .npz file; "
-            "or train towards a teacher with --teacher MODEL."
-        )
     job = _Job(graph, dense, read, settings, device)
     made, label = (plan, "the plan") if isinstance(plan, Plan) or plan is None else (read_plan(Path(plan)), str(plan))
     key = job.key(made)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         progress("match", 0, 1)
-        objective, fit, test = job.objective(made, label)
+        shrunk = penalised(graph, made, label, settings.sparsity) if settings.sparsity is not None else None
+        objective, fit, test = job.objective(None if shrunk is not None else made, label)
         folder = None if checkpoint is None else Path(checkpoint)
-        loop = Loop(objective, fit, test, folder, key, progress, told)
+        shrinkage = Shrinkage(objective.student, *shrunk, settings) if shrunk is not None else None
+        loop = Loop(objective, fit, test, folder, key, progress, told, shrinkage)
         state = loop.run()
         best = None
         if test is not None and objective.teacher is not None and objective.labelled:
             twin = replace(objective, student=objective.teacher, settings=replace(settings, loss="ce"))
             best = measured(twin, test).accuracy
+        gone = None if shrinkage is None else shrinkage.gone()
     write_back(graph.model, objective.student)
     path = None if output is None else Path(output)
-    verification = _written(graph, objective.student, next(iter(batches(read, _CHECKED))), path, progress)
+    some = next(iter(batches(read, _CHECKED))).feeds
+    verification = written(graph, objective.student, lambda _: some, path, progress)
     first, last = state.history[0], state.history[state.best_epoch]
-    name = "accuracy" if last.accuracy is not None else "distance" if last.distance is not None else None
+    name = next((n for n in ("accuracy", "nll", "distance") if getattr(last, n) is not None), None)
     return Result(
         model=restore(graph, graph.model) if path is None else None,
         output=path,
@@ -254,6 +262,8 @@ def finetune(
         after=None if name is None else getattr(last, name),
         teacher=best,
         matched=tuple(i.mine for i in objective.inner),
+        gone=None if gone is None else gone[0],
+        penalised=None if gone is None else gone[1],
         samples=fit.samples,
         held_out=0 if test is None else test.samples,
         verify=verification,
@@ -315,7 +325,13 @@ class _Job:
         if not outputs:
             raise UsageError("the model has no floating-point output to train.")
         labelled = self.data.labels is not None and self._are_scores(outputs)
-        objective = Objective(student, teacher, self.settings, labelled)
+        speaks = None if self.data.labels is not None else language(student, feeds, outputs)
+        if self.settings.loss == "ce" and self.data.labels is None and speaks is None:
+            raise UsageError(
+                f"--loss ce needs labels with the samples ({self.data.name} has none): an array `labels` in the .npz "
+                "file; or train towards a teacher with --teacher MODEL (next tokens are labels of causal models only)."
+            )
+        objective = Objective(student, teacher, self.settings, labelled, language=speaks)
         if teacher is None:
             return objective, fit, test
         _same_inputs(student, teacher)
@@ -335,7 +351,7 @@ class _Job:
     def _are_scores(self, outputs: Mapping[str, torch.Tensor]) -> bool:
         """Whether labels can be labels of the outputs."""
         name, y = next(iter(outputs.items()))
-        chosen = self.settings.loss == "ce" or classes(name, y, 1, self.settings.distance)
+        chosen = self.settings.loss == "ce" or is_scores(name, y, 1, self.settings.distance)
         return len(outputs) == 1 and y.dim() == 2 and chosen
 
     def _network(self, model: ir.Model) -> Interpreter:
@@ -360,70 +376,3 @@ def _same_inputs(student: Interpreter, teacher: Interpreter) -> None:
             f"the teacher has the inputs {', '.join(teacher.inputs)} and the model {', '.join(student.inputs)}: "
             "give the model that was pruned as --teacher."
         )
-
-
-def untie_if_merged(model: ir.Model) -> None:
-    """Take vectors apart that an exporter merged because they happened to be equal, as in an untrained network.
-
-    That is so if nodes share a vector of all the same numbers, or the statistics of a BatchNormalization.
-    """
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None or len(tensor.shape) != 1 or tensor.size < 2 or not tensor.dtype.is_floating_point():
-            continue
-        uses = list(reached(value))
-        if len(uses) < 2:
-            continue
-        numbers = tensor.numpy()
-        if bool((numbers == numbers[0]).all()) or any(n.op_type == "BatchNormalization" and k > 2 for n, k in uses):
-            untie(model)
-            return
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
-
-
-def write_back(model: ir.Model, network: Interpreter) -> None:
-    """Put a network's weights and statistics into its graph."""
-    values = {value.name or "": value for value, _ in weights_of(model.graph)}
-    for name, array in network.trained().items():
-        old = constant_of(values[name])
-        assert old is not None
-        if not np.array_equal(array, old.numpy()):
-            exchange(values[name], array)
-
-
-def _written(graph: Graph, network: Interpreter, batch: Batch, path: Path | None, progress: Progress) -> Verification:
-    """Write the model to a staging folder, verify it, and move it to its place."""
-    name = "finetuned.onnx" if path is None else path.name
-    folder = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".spa-", dir=None if path is None else path.parent))
-        progress("save", 0, 1)
-        save(graph.model, folder / name, external=graph.external)
-        progress("verify", 0, 1)
-        verification = _verified(graph.model, network, batch, folder / name)
-        require(verification, str(path or "the fine-tuned model"))
-        if path is not None:
-            publish({path.with_name(f.name): f for f in sorted(folder.iterdir(), reverse=True)})
-    except OSError as error:
-        where = tempfile.gettempdir() if path is None else str(path)
-        raise OutputError(
-            f"{where}: cannot be written ({error.strerror}); check the folder's permissions and free space"
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-    return verification
-
-
-def _verified(model: ir.Model, network: Interpreter, batch: Batch, path: Path) -> Verification:
-    half = half_precision(model)
-    # halves were trained in float32: what was written is the rounded network
-    judge = Interpreter(model).eval() if half else network.cpu().eval()  # a GPU may round to TF32
-    with torch.no_grad():
-        mine = judge(tensors(batch, judge.device))
-    wanted = {n: y.float().cpu().numpy() for n, y in mine.items() if isinstance(y, torch.Tensor)}
-    got = run(open_session(path, provider="cpu", optimize=False), batch.feeds, list(wanted))
-    found = {n: np.asarray(y, dtype=np.float32) for n, y in got.items()}
-    return measure(wanted, found, True, HALF_TOLERANCE if half else TOLERANCE)

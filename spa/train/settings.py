@@ -13,8 +13,11 @@ Optimiser = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "constant"]
 Distance = Literal["auto", "logits", "values"]
 Provider = Literal["auto", "cpu", "cuda"]
+Sparsity = Literal["group-lasso", "growing", "mask"]
 
 _RATE = {"sgd": 5e-3, "adamw": 5e-4}
+_STRENGTH = {"group-lasso": 1.0, "growing": 1.5, "mask": 1.5}
+"""Half more than takes a unit to nothing that no gradient holds; `group-lasso` decides which units go by itself."""
 _DECAY = {"sgd": 5e-4, "adamw": 0.01}
 
 
@@ -42,6 +45,8 @@ class Settings:
     augment: Literal["flip-crop"] | None
     freeze: tuple[str, ...]
     seed: int
+    sparsity: Sparsity | None = None
+    strength: float = 0.0
 
 
 def settled(
@@ -55,6 +60,9 @@ def settled(
     lr: float | None,
     weight_decay: float | None,
     freeze: str | Sequence[str],
+    sparsity: str | None = None,
+    strength: float | None = None,
+    plan: bool = False,
     **numbers: Any,
 ) -> Settings:
     """Settings of a run, with the defaults that depend on other settings.
@@ -68,6 +76,17 @@ def settled(
     _one_of("distance", distance, ("auto", "logits", "values"))
     if augment is not None:
         _one_of("augment", augment, ("flip-crop",))
+    if sparsity is not None:
+        _one_of("sparsity", sparsity, tuple(_STRENGTH))
+        if sparsity != "group-lasso" and not plan:
+            raise UsageError(
+                f"--sparsity {sparsity} shrinks what will be pruned: give the plan of that as --plan PLAN.json "
+                "(spa prune MODEL --plan writes one), or use --sparsity group-lasso."
+            )
+        strength = _STRENGTH[sparsity] if strength is None else strength
+        _require("strength", strength, 0 < strength < float("inf"), "above 0")
+    elif strength is not None:
+        raise UsageError("--strength is that of --sparsity: give that, too, or leave it out.")
     if loss == "auto":
         loss = "inner" if teacher else "ce"
     if loss != "ce" and not teacher:
@@ -93,6 +112,8 @@ def settled(
         lr=float(rate),
         weight_decay=float(decay),
         freeze=patterns,
+        sparsity=sparsity,  # type: ignore[arg-type]  # checked above
+        strength=strength or 0.0,
         **numbers,
     )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from spa.errors import OutputError, UsageError
 
 FILE = "checkpoint.pt"
-VERSION = 1
+VERSION = 2
 
 Tensors = dict[str, Tensor]
 
@@ -30,7 +30,8 @@ class Epoch:
     loss: float
     """Mean of the batches' losses while training; NaN for epoch 0."""
     parts: Mapping[str, float]
-    """The means of what the loss is made of: `ce`, `kd`, `inner`."""
+    """The means of what the loss is made of: `ce`, `kd`, `inner`; with a sparsity `shrunk`: the norm of the penalised
+    units by what it was, mean."""
     accuracy: float | None
     """Of the held-out samples after the epoch, 0 to 1; None without labels or samples held out."""
     distance: float | None
@@ -38,12 +39,16 @@ class Epoch:
     lr: float
     """Learning rate of the last step."""
     seconds: float
+    nll: float | None = None
+    """Mean cross-entropy of the held-out samples' next tokens, in nats; of language models that are trained on them."""
 
     @property
     def metric(self) -> float | None:
-        """Higher is better: the accuracy, or minus the distance where there is none."""
+        """Higher is better: the accuracy, minus the cross-entropy of next tokens, or minus the distance."""
         if self.accuracy is not None:
             return self.accuracy
+        if self.nll is not None:
+            return -self.nll
         return None if self.distance is None else -self.distance
 
 

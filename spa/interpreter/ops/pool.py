@@ -50,6 +50,11 @@ class Window:
             return self._pads
         return same_pads(sizes, self.kernel, self.strides, self.dilations, self._upper)
 
+    @property
+    def same(self) -> bool:
+        """Whether the padding depends on the input's size."""
+        return self._pads is None
+
     def overhang(self, sizes: Sequence[int], begins: Sequence[int], ends: Sequence[int]) -> list[int]:
         """How far beyond the padding the last window reaches where sizes are rounded up."""
         out = []
