@@ -183,12 +183,17 @@ def site_of(node: ir.Node) -> Site | None:
         return None
     layout, slot, fused, read = known
     data, weight = node.inputs[0], node.inputs[1]
+    turned = layout == "tokens" and (source := _turned(weight)) is not None
+    if turned and source is not None:
+        weight = source
     tensor = constant_of(weight)
     if tensor is None or tensor.dtype not in _FLOATS or constant_of(data) is not None or len(weight.uses()) != 1:
         return None
-    found = read(node, tuple(tensor.shape.numpy()))
+    shape = tuple(tensor.shape.numpy())
+    found = read(node, shape[::-1] if turned else shape)
     if found is None or not all(found[key] for key in ("groups", "rows", "channels")):
         return None
+    found["transposed"] ^= turned
     outputs = found["groups"] * found["rows"]
     bias = node.inputs[slot] if slot is not None and slot < len(node.inputs) else None
     if bias is None and not fused and layout == "tokens":
@@ -200,6 +205,15 @@ def site_of(node: ir.Node) -> Site | None:
             slot = None  # taken by something that is no constant vector
         bias = None
     return Site(node, layout, data, weight, bias, fused=fused, bias_slot=slot, **found)
+
+
+def _turned(weight: ir.Value) -> ir.Value | None:
+    """The matrix whose transpose a node reads, where an exporter left that to the runtime; nobody else may read it."""
+    node = weight.producer()
+    if node is None or node.op_type != "Transpose" or node.domain not in ("", "ai.onnx") or len(weight.uses()) != 1:
+        return None
+    source = node.inputs[0]
+    return source if source is not None and list(_attr(node, "perm", (1, 0))) == [1, 0] else None
 
 
 def _own(bias: ir.Value, outputs: int) -> bool:

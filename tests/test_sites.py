@@ -188,20 +188,25 @@ def test_random_convolutions(data: st.DataObject) -> None:
 
 
 def test_kinds_of_weights_that_are_no_sites() -> None:
-    """Shared, computed, turned and batched weights, and constants on the other side."""
+    """Shared, computed and batched weights, and constants on the other side; turned at run time is no hindrance."""
     net = Net()
     x = net.input("x", "n", 4, 6)
     shared = net.weight("shared", 6, 6)
     a = net("MatMul", net("MatMul", x, shared), shared)
-    a = net("MatMul", a, net("Transpose", net.weight("turned", 6, 6), perm=[1, 0]))
+    a = net("MatMul", a, net("Transpose", net.weight("turned", 5, 6), perm=[1, 0]))
+    a = net("MatMul", a, net("Transpose", net.weight("kept", 5, 6), perm=[0, 1]))
+    twice = net("Transpose", net.weight("twice", 6, 6), perm=[1, 0])
+    a = net("MatMul", net("MatMul", a, twice), twice)
     a = net("MatMul", a, net.weight("batched", 1, 6, 6))
     a = net("MatMul", net.weight("left", 4, 4), a)
     last = net.linear(a, "last", 6, 3)
     net.named(last, "y")
     sites = find_sites(load(net.model(y=("n", 4, 3))).model)
-    assert [s.weight.name for s in sites] == ["last.weight"]
-    assert sites[0].bias is not None
-    assert sites[0].bias.name == "last.bias"
+    assert [s.weight.name for s in sites] == ["turned", "last.weight"]
+    np.testing.assert_array_equal(sites[0].weights[0], net.weights["turned"])
+    np.testing.assert_array_equal(sites[0].stored(sites[0].weights), net.weights["turned"])
+    assert sites[1].bias is not None
+    assert sites[1].bias.name == "last.bias"
 
 
 def test_biases_are_only_taken_if_they_are_the_layers_own() -> None:

@@ -172,13 +172,13 @@ def _makers(group: Group, measured: Measured) -> dict[Site, Index]:
     out: dict[Site, Index] = {}
     for member in group.members:
         site = made.get(member.value)
-        if site is not None and member.axis == site.output_axis and member.role == "out":
+        if site is not None and member.axis == site.output_axis:
             units = units_along(measured.analysis, group, group.leaves, member.dim)
             blocks = _blocks(units, group.units)
             if blocks is None or constant_of(site.weight) is None:
                 return {}
             out[site] = blocks
-        elif member.value not in biases and not (member.value in readers and member.role == "in"):
+        elif member.value not in biases and member.value not in readers:
             return {}
     return out
 
