@@ -137,7 +137,7 @@ def problem(rng: np.random.Generator, units: int, widths: list[int], damping: fl
 
 
 def eliminated(matrix: Array, columns: list[int]) -> Array:
-    """Schur complement of `columns`: Gaussian elimination in 60 decimal digits, for a matrix of decimals."""
+    """Schur complement of `columns` by Gaussian elimination; in as many digits as the numbers of the matrix have."""
     a = matrix.copy()
     for k in columns:
         a = a - np.outer(a[:, k], a[k]) / a[k, k]
@@ -145,21 +145,22 @@ def eliminated(matrix: Array, columns: list[int]) -> Array:
     return a[np.ix_(rest, rest)]
 
 
-def reference_loss(consumers: list[Consumer], removed: list[int]) -> float:
+def reference_loss(consumers: list[Consumer], removed: list[int], digits: int = 60) -> float:
     """The part of the removed inputs that the others cannot explain, from the covariance itself.
 
     In 60 digits: what is left of a variance after others explained all but a millionth of a millionth of it would be
-    noise in double precision, and the reference less exact than what it judges.
+    noise in double precision (`digits` 16), and the reference less exact than what it judges.
     """
     total = 0.0
-    with localcontext(prec=60):
+    number = np.vectorize(Decimal, otypes=[object]) if digits > 16 else np.asarray
+    with localcontext(prec=digits):
         for c in consumers:
             d = len(c.inverse)
             wide = np.block([[c.inverse, np.eye(d)], [np.eye(d), np.zeros((d, d))]])
-            cov = -eliminated(np.vectorize(Decimal, otypes=[object])(wide), list(range(d)))
+            cov = -eliminated(number(wide), list(range(d)))
             gone = sorted({k for u in removed for k in c.columns[u].tolist() if k >= 0})
             unexplained = eliminated(cov, [k for k in range(d) if k not in gone])
-            w = np.vectorize(Decimal, otypes=[object])(c.weight[:, gone]) if gone else np.zeros((1, 0))
+            w = number(c.weight[:, gone]) if gone else np.zeros((1, 0))
             total += c.importance * float(np.sum((w @ unexplained) * w))
     return total
 
