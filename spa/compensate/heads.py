@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from spa.calibration import Calibration
 from spa.consumers import Tap, units_along
+from spa.errors import RuntimeFailure, UnsupportedModelError
 from spa.executors.segments import Segments, placed
 from spa.groups import Group
 from spa.measured import Measured
-from spa.runtime import fetch, place
+from spa.runtime import fetch, is_plain, place
 from spa.sites import Site, constant_of
 
 Index = NDArray[np.int64]
@@ -87,7 +88,10 @@ def find_heads(groups: Sequence[Group], measured: Measured, data: Calibration) -
         return {}
     known = measured.cache.get("heads", "", list(likely))
     if known is None:
-        found = _probed([g for g in groups if g.name in likely], likely, measured, data)
+        try:
+            found = _probed([g for g in groups if g.name in likely], likely, measured, data)
+        except (RuntimeFailure, UnsupportedModelError):
+            found = {}  # codes are no values that every operator takes: units are selected then
         measured.cache.put("heads", "", list(likely), {"json": np.frombuffer(_packed(found).encode(), dtype=np.uint8)})
         return found
     return _unpacked(known["json"].tobytes().decode(), groups, measured)
@@ -104,6 +108,8 @@ def _probed(
     batch = placed(next(iter(data.batches(data.fixed or 1))))
     held = [name for name in (*sites, *shares) if name in parts.producer]
     values = {**parts.runner(held, ())(batch), **batch}
+    if not all(is_plain(values[name]) for name in sites):
+        return {}  # numpy has no such numbers
     watched = {tap.key[0]: None for group in groups for tap in measured.taps(group)}
     run = parts.runner(list(watched), list(values))
     rng = np.random.default_rng(0)

@@ -189,7 +189,7 @@ class Mixer:
             return None
         out = found[0]
         for other in found[1:]:  # groups that share a projection mix rows of their own
-            changed = (other != 0).sum(axis=1) > 1
+            changed = (other != np.eye(site.rows)[outputs]).any(axis=1)
             out[changed] = other[changed]
         return out
 
