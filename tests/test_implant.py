@@ -193,7 +193,7 @@ def test_fit_comes_closest_and_the_sum_is_right_where_nothing_changes() -> None:
     flat = np.broadcast_to(np.random.default_rng(0).normal(size=(4, 3, 1, 1)), (4, 3, 11, 13)).astype(np.float32)
     errors = {}
     for weights in ("fit", "sum", "centre", "zero"):
-        result = implant(model, share=0.7, align=1, weights=weights, calibration=x[:60])  # type: ignore[arg-type]
+        result = implant(model, share=0.7, align=1, weights=weights, calibration=x[:60])  # type: ignore[arg-type]  # one of the choices
         (place,) = result.record.implants
         rest = [c for c in range(12) if c not in place.channels]
         want, have = at(model, "a_out", x[60:]), at(result.model, "a_out", x[60:])
@@ -414,7 +414,7 @@ def test_mistakes_are_one_sentence(
 
 def test_python_mistakes() -> None:
     with pytest.raises(UsageError, match="unknown weights"):
-        implant(one_conv(), share=0.5, weights="best")  # type: ignore[arg-type]
+        implant(one_conv(), share=0.5, weights="best")  # type: ignore[arg-type]  # no choice
     net = Net()
     net.named(net.gemm(net.input("x", "n", 4), "a", 4, 4), "y")
     with pytest.raises(TargetError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from spa.axes import LEAF
 from spa.bench import Comparison
 from spa.budget.efficient import efficient
 from spa.budget.queues import Queue, met, queue, state
-from spa.budget.targets import Target, parse_target
+from spa.budget.targets import parse_target
 from spa.budget.widths import knapsack
 from spa.cli.latency import attempts, headline
 from spa.cost import METRICS, CostModel, Term
@@ -36,6 +35,7 @@ from spa.latency.table import read
 from spa.pipeline import analyze
 from tests.latency_device import blocked, measured, milliseconds
 from tests.models import BUILT
+from tests.test_knapsack import best_loss
 
 # -- targets -----------------------------------------------------------------------------------------------------------
 
@@ -92,17 +92,6 @@ def chain(widths: list[int], seed: int) -> tuple[CostModel, list[Queue]]:
     return whole, queues
 
 
-def least_loss(cost: CostModel, queues: list[Queue], limits: Mapping[Target, float]) -> float:
-    best = np.inf
-    for taken in itertools.product(*[range(len(q.chunks) + 1) for q in queues]):
-        for q, k in zip(queues, taken, strict=True):
-            q.taken = k
-        loss = sum(q.losses[q.taken] for q in queues)
-        if loss < best and met(state(cost, queues)[1], limits):
-            best = loss
-    return float(best)
-
-
 def loss_of(queues: list[Queue]) -> float:
     return float(sum(q.losses[q.taken] for q in queues))
 
@@ -115,7 +104,7 @@ def test_solvers_step_over_stairs(share: float) -> None:
         cost, queues = chain([32, 48, 32], seed)
         whole = cost.totals(cost.full)["latency"]
         limits = {parse_target(f"latency={share}"): share * whole}
-        best = least_loss(cost, queues, limits)
+        best = best_loss(cost, queues, limits)
         for q in queues:
             q.taken = 0
         costs = efficient(cost, queues, limits)

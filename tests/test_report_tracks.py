@@ -211,7 +211,7 @@ ZOO = [m for m in recorded() if m.status == "ok"][::12]
 @pytest.mark.skipif(not ZOO, reason=MISSING)
 @pytest.mark.parametrize("model", ZOO, ids=lambda m: m.name)
 def test_recorded_models_can_be_drawn(model: object) -> None:
-    analysis = spa.analyze(model.path)  # type: ignore[attr-defined]
+    analysis = spa.analyze(model.path)  # type: ignore[attr-defined]  # a parameter of pytest
     page = parse(chart(analysis, "m"))
     check_alone(page)
     body = embedded(page)

@@ -7,8 +7,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from spa.cli.edge import Batch, Compared, Gates, MaxLength, Preprocess, Samples, Tokenizer, single
-from spa.cli.options import Dims, Json, Model, Output, Seed, Verbose, read_dims, read_list
+from spa.cli.edge import Compared, Gates, single
+from spa.cli.options import (
+    Batch,
+    Dims,
+    Json,
+    MaxLength,
+    Model,
+    Output,
+    Preprocess,
+    Samples,
+    Seed,
+    Tokenizer,
+    Verbose,
+    read_dims,
+    read_list,
+)
 
 Provider = Annotated[Literal["cpu", "cuda", "auto"], typer.Option("--provider", help="Where outputs are compared.")]
 

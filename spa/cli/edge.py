@@ -23,21 +23,6 @@ Gates: TypeAlias = Annotated[
         help="What must be reached: agreement=0.98, max_error=0.02, size=2MB, accuracy_drop=0.01; repeatable.",
     ),
 ]
-Samples: TypeAlias = Annotated[
-    int | None, typer.Option("--samples", metavar="N", help="Use only so many samples.", min=1, show_default="all")
-]
-Batch: TypeAlias = Annotated[int, typer.Option("--batch", metavar="N", help="Samples per run.", min=1)]
-Preprocess: TypeAlias = Annotated[
-    str | None,
-    typer.Option(
-        "--preprocess",
-        help="How images become inputs: imagenet, cifar10, tf, caffe, unit, a JSON file, or size=...,mean=...",
-    ),
-]
-Tokenizer: TypeAlias = Annotated[
-    Path | None, typer.Option("--tokenizer", metavar="tokenizer.json", help="Tokenizer for texts.")
-]
-MaxLength: TypeAlias = Annotated[int | None, typer.Option("--max-length", metavar="N", help="Tokens per text.", min=1)]
 Compared: TypeAlias = Annotated[
     str,
     typer.Option(

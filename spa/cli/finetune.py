@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from spa.cli import output
-from spa.cli.options import Dims, Json, Output, Seed, Verbose, check_output, read_dims, read_list
-from spa.errors import UsageError
+from spa.cli.options import (
+    Dims,
+    Json,
+    MaxLength,
+    Output,
+    Preprocess,
+    Samples,
+    Seed,
+    Tokenizer,
+    Verbose,
+    check_output,
+    read_dims,
+    read_list,
+)
 
 if TYPE_CHECKING:
     from spa.progress import Progress
@@ -103,17 +115,10 @@ def finetune(
         Path | None,
         typer.Option(metavar="DIR", help="Keep the state of the run there; after a kill the same command goes on."),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Use only so many samples.", min=1, show_default="all")
-    ] = None,
-    preprocess: Annotated[
-        str | None,
-        typer.Option(
-            help="How images become inputs: imagenet, cifar10, tf, caffe, unit, a JSON file, or size=...,mean=..."
-        ),
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(metavar="tokenizer.json", help="Tokenizer for texts.")] = None,
-    max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens per text.", min=1)] = None,
+    samples: Samples = None,
+    preprocess: Preprocess = None,
+    tokenizer: Tokenizer = None,
+    max_length: MaxLength = None,
     seed: Seed = 0,
     dim: Dims = None,
     json: Json = False,
@@ -122,9 +127,7 @@ def finetune(
     """Train a pruned model, alone or towards the model it was made of, and write the weights into the same graph."""
     from spa.train import finetune as run
 
-    check_output(pruned, out, teacher, plan)
-    if Path(data).is_file() and out.exists() and out.samefile(data):
-        raise UsageError(f"{out}: is the input; write to another file, the input is never overwritten")
+    check_output(pruned, out, teacher, plan, Path(data) if Path(data).is_file() else None)
     shown = _Shown(epochs)
     with output.stages(quiet=json) as progress:
         result = run(

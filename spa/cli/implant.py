@@ -9,12 +9,18 @@ import typer
 
 from spa.cli import output
 from spa.cli.options import (
+    Batch,
     Dims,
     Inputs,
     Json,
+    Memory,
     Model,
+    Normalised,
     NoVerify,
     Output,
+    Preprocess,
+    Samples,
+    SamplesProvider,
     Seed,
     Verbose,
     check_output,
@@ -67,10 +73,7 @@ def implant(
         str | None,
         typer.Option(help="How units are scored: l2, hap, lrp ... (`spa methods`).", show_default="the method's"),
     ] = None,
-    normalisation: Annotated[
-        Literal["none", "sum", "mean", "max", "gaussian", "isomorphic"] | None,
-        typer.Option(help="How scores of different groups are made comparable.", show_default="the method's"),
-    ] = None,
+    normalisation: Normalised = None,
     calibration: Annotated[
         str | None,
         typer.Option(
@@ -79,22 +82,15 @@ def implant(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Use only so many samples.", min=1, show_default="all")
-    ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Samples per run.", min=1)] = 32,
-    preprocess: Annotated[
-        str | None,
-        typer.Option(
-            help="How images become inputs: imagenet, cifar10, tf, caffe, unit, a JSON file, or size=...,mean=..."
-        ),
-    ] = None,
+    samples: Samples = None,
+    batch: Batch = 32,
+    preprocess: Preprocess = None,
     loss: Annotated[
         Literal["auto", "ce", "sampled", "gaussian", "lm"],
         typer.Option(help="What gradients are taken of, for criteria that look at them."),
     ] = "auto",
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="What measurements may take.")] = "4GB",
-    provider: Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where samples are run.")] = "cpu",
+    memory: Memory = "4GB",
+    provider: SamplesProvider = "cpu",
     ignore: Annotated[
         list[str] | None,
         typer.Option(metavar="PATTERN", help="Leave groups alone whose name, tensors or nodes match; repeatable."),

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import typer
 
@@ -37,6 +37,33 @@ Report: TypeAlias = Annotated[
 ]
 NoLatency: TypeAlias = Annotated[
     bool, typer.Option("--no-latency", help="Do not measure latency for --report (some seconds).")
+]
+Samples: TypeAlias = Annotated[
+    int | None, typer.Option("--samples", metavar="N", help="Use only so many samples.", min=1, show_default="all")
+]
+Batch: TypeAlias = Annotated[int, typer.Option("--batch", metavar="N", help="Samples per run.", min=1)]
+Preprocess: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--preprocess",
+        help="How images become inputs: imagenet, cifar10, tf, caffe, unit, a JSON file, or size=...,mean=...",
+    ),
+]
+Tokenizer: TypeAlias = Annotated[
+    Path | None, typer.Option("--tokenizer", metavar="tokenizer.json", help="Tokenizer for texts.")
+]
+MaxLength: TypeAlias = Annotated[int | None, typer.Option("--max-length", metavar="N", help="Tokens per text.", min=1)]
+Memory: TypeAlias = Annotated[str, typer.Option("--memory", metavar="SIZE", help="What measurements may take.")]
+SamplesProvider: TypeAlias = Annotated[
+    Literal["cpu", "cuda", "auto"], typer.Option("--provider", help="Where samples are run.")
+]
+Normalised: TypeAlias = Annotated[
+    Literal["none", "sum", "mean", "max", "gaussian", "isomorphic"] | None,
+    typer.Option(
+        "--normalisation",
+        help="How scores of different groups are made comparable.",
+        show_default="the method's",
+    ),
 ]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and no progress.")]
 Verbose: TypeAlias = Annotated[

@@ -12,15 +12,23 @@ from spa.cli import implant as implants
 from spa.cli import output
 from spa.cli.latency import attempts, headline
 from spa.cli.options import (
+    Batch,
     Dims,
     Inputs,
     Json,
+    MaxLength,
+    Memory,
     Model,
     NoLatency,
+    Normalised,
     NoVerify,
     Output,
+    Preprocess,
     Report,
+    Samples,
+    SamplesProvider,
     Seed,
+    Tokenizer,
     Verbose,
     check_output,
     read_dims,
@@ -70,10 +78,7 @@ def prune(
         Literal["sum", "mean", "max"] | None,
         typer.Option(help="How the scores of a unit's members are joined.", show_default="the method's"),
     ] = None,
-    normalisation: Annotated[
-        Literal["none", "sum", "mean", "max", "gaussian", "isomorphic"] | None,
-        typer.Option(help="How scores of different groups are made comparable.", show_default="the method's"),
-    ] = None,
+    normalisation: Normalised = None,
     allocation: Annotated[
         Literal["global", "uniform", "efficient", "knapsack"] | None,
         typer.Option(
@@ -97,24 +102,17 @@ def prune(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(metavar="N", help="Use only so many samples.", min=1, show_default="all")
-    ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Samples per run.", min=1)] = 32,
-    preprocess: Annotated[
-        str | None,
-        typer.Option(
-            help="How images become inputs: imagenet, cifar10, tf, caffe, unit, a JSON file, or size=...,mean=..."
-        ),
-    ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(metavar="tokenizer.json", help="Tokenizer for texts.")] = None,
-    max_length: Annotated[int | None, typer.Option(metavar="N", help="Tokens per text.", min=1)] = None,
+    samples: Samples = None,
+    batch: Batch = 32,
+    preprocess: Preprocess = None,
+    tokenizer: Tokenizer = None,
+    max_length: MaxLength = None,
     loss: Annotated[
         Literal["auto", "ce", "sampled", "gaussian", "lm"],
         typer.Option(help="What gradients are taken of: labels of the samples, or none needed (sampled, gaussian)."),
     ] = "auto",
-    memory: Annotated[str, typer.Option(metavar="SIZE", help="What measurements may take.")] = "4GB",
-    provider: Annotated[Literal["cpu", "cuda", "auto"], typer.Option(help="Where samples are run.")] = "cpu",
+    memory: Memory = "4GB",
+    provider: SamplesProvider = "cpu",
     cache: Annotated[
         Path | None,
         typer.Option(

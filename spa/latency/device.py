@@ -169,7 +169,7 @@ class Subject:
                 self.call()
         except KitError:
             raise
-        except Exception as error:
+        except Exception as error:  # ONNX Runtime's exceptions are private and share no base
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise KitError(f"{path.name} cannot be run by ONNX Runtime here ({first})") from error
 
