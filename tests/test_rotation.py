@@ -141,13 +141,9 @@ def test_the_refit_goes_on_from_the_mixed_basis() -> None:
 def test_heads_are_found_again_without_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = BUILT["decoder"].build()
     analysis, data = spa.analyze(load(model)), samples(model, 4)
-    first = heads.find_heads(
-        analysis.groups, Measured(analysis, analysis.groups, data, Setup(), Cache(tmp_path, "m")), data
-    )
+    first = heads.find_heads(analysis.groups, Measured(analysis, analysis.groups, data, Setup(), Cache(tmp_path, "m")))
     monkeypatch.setattr(heads, "_probed", None)
-    again = heads.find_heads(
-        analysis.groups, Measured(analysis, analysis.groups, data, Setup(), Cache(tmp_path, "m")), data
-    )
+    again = heads.find_heads(analysis.groups, Measured(analysis, analysis.groups, data, Setup(), Cache(tmp_path, "m")))
     assert first.keys() == again.keys()
     assert first
     for name in first:

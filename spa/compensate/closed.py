@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa.compensate.bias import bias_of
+from spa.compensate.pairs import kept_outputs
 from spa.consumers import Tap
 from spa.groups import Group
 from spa.measured import Measured
@@ -98,11 +99,10 @@ def _readers(twin: Twin, measured: Measured, removed: Sequence[Removed]) -> list
             mask |= np.where(tap.units >= 0, out[np.maximum(tap.units, 0)], False)
     found = []
     for site in [s for s in measured.sites if s in lost]:
-        mirror, dims = site_of(twin.node(site.node)), coupling.dims(site.output)
-        if mirror is None or dims is None:
+        mirror, rows = site_of(twin.node(site.node)), kept_outputs(coupling, site, kept)
+        if mirror is None or rows is None:
             continue
         table = np.tile(lost[site].reshape(site.groups, 1, site.channels), (1, site.taps, 1)).reshape(site.groups, -1)
-        rows = np.flatnonzero(coupling.solution.keep(dims[-1 if site.layout == "tokens" else 1], kept))
         if len(rows) == mirror.groups * mirror.rows:
             found.append(_Reader(site, mirror, table, through[site], rows))
     return found

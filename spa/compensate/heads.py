@@ -16,14 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spa.calibration import Calibration
 from spa.consumers import Tap, units_along
 from spa.errors import RuntimeFailure, UnsupportedModelError
 from spa.executors.segments import Segments, placed
 from spa.groups import Group
 from spa.measured import Measured
 from spa.runtime import fetch, is_plain, place
-from spa.sites import Site, constant_of
+from spa.sites import Site
 
 Index = NDArray[np.int64]
 CODES = 6
@@ -75,13 +74,12 @@ class Heads:
     outlets: tuple[Outlet, ...]
 
 
-def find_heads(groups: Sequence[Group], measured: Measured, data: Calibration) -> dict[str, Heads]:
+def find_heads(groups: Sequence[Group], measured: Measured) -> dict[str, Heads]:
     """By name the groups whose units can be mixed freely within each head.
 
     Args:
         groups: groups to look at.
-        measured: knows the sites, and where units are summed over.
-        data: one sample is enough.
+        measured: knows the sites, and where units are summed over; one of its samples is run.
     """
     likely = {g.name: makers for g in groups if len(makers := _makers(g, measured))}
     if not likely:
@@ -89,7 +87,7 @@ def find_heads(groups: Sequence[Group], measured: Measured, data: Calibration) -
     known = measured.cache.get("heads", "", list(likely))
     if known is None:
         try:
-            found = _probed([g for g in groups if g.name in likely], likely, measured, data)
+            found = _probed([g for g in groups if g.name in likely], likely, measured)
         except (RuntimeFailure, UnsupportedModelError):
             found = {}  # codes are no values that every operator takes: units are selected then
         measured.cache.put("heads", "", list(likely), {"json": np.frombuffer(_packed(found).encode(), dtype=np.uint8)})
@@ -98,14 +96,14 @@ def find_heads(groups: Sequence[Group], measured: Measured, data: Calibration) -
 
 
 def _probed(
-    groups: Sequence[Group], likely: Mapping[str, Mapping[Site, Index]], measured: Measured, data: Calibration
+    groups: Sequence[Group], likely: Mapping[str, Mapping[Site, Index]], measured: Measured
 ) -> dict[str, Heads]:
     """Send codes through the model."""
     graph = measured.analysis.coupling.model.graph
     parts = Segments.of(measured.analysis.coupling.model, measured.setup.provider, measured.setup.threads)
     sites = {site.name: site for makers in likely.values() for site in makers}
     shares = [n.outputs[0].name or "" for n in graph if n.op_type == "Softmax" and n.domain in ("", "ai.onnx")]
-    batch = placed(next(iter(data.batches(data.fixed or 1))))
+    batch = placed(next(iter(measured.data.batches(measured.data.fixed or 1))))
     held = [name for name in (*sites, *shares) if name in parts.producer]
     values = {**parts.runner(held, ())(batch), **batch}
     if not all(is_plain(values[name]) for name in sites):
@@ -181,7 +179,7 @@ def _makers(group: Group, measured: Measured) -> dict[Site, Index]:
         if site is not None and member.axis == site.output_axis:
             units = units_along(measured.analysis, group, group.leaves, member.dim)
             blocks = _blocks(units, group.units)
-            if blocks is None or constant_of(site.weight) is None:
+            if blocks is None:
                 return {}
             out[site] = blocks
         elif member.value not in biases and member.value not in readers:

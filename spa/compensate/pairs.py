@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from spa.coupling import Coupling
 from spa.executors.fused import SUFFIX
 from spa.groups import Analysis
 from spa.removal import Mask, changed_leaves
@@ -64,19 +65,24 @@ def _linear(site: Site) -> str:
 def pair_up(analysis: Analysis, kept: Mask, twin: Twin) -> list[Pair]:
     """The sites of the pruned model whose inputs differ from the original's, in execution order."""
     coupling = analysis.coupling
-    solution = coupling.solution
     changed = affected(analysis, kept)
     out = []
     for site in find_sites(coupling.model):
         mirror = site_of(twin.node(site.node))
-        dims = coupling.dims(site.output)
-        if mirror is None or dims is None or site.data not in changed:
+        outputs = kept_outputs(coupling, site, kept)
+        if mirror is None or outputs is None or site.data not in changed:
             continue
-        axis = dims[1 if site.layout != "tokens" else -1]
-        outputs = np.flatnonzero(solution.keep(axis, kept))
         if len(outputs) == mirror.groups * mirror.rows:
             out.append(Pair(site, mirror, outputs, _behind(analysis, kept, twin, site, outputs)))
     return out
+
+
+def kept_outputs(coupling: Coupling, site: Site, kept: Mask) -> NDArray[np.int64] | None:
+    """Outputs of an original site that stay, of [g m]; None if its axes are not known."""
+    dims = coupling.dims(site.output)
+    if dims is None:
+        return None
+    return np.flatnonzero(coupling.solution.keep(dims[-1 if site.layout == "tokens" else 1], kept))
 
 
 def affected(analysis: Analysis, kept: Mask) -> set[ir.Value]:

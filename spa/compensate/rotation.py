@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from spa.compensate.bias import bias_of
 from spa.compensate.heads import Heads, Outlet, Product, Rows, find_heads
+from spa.compensate.pairs import kept_outputs
 from spa.groups import Group
 from spa.least_squares import refit
 from spa.measured import Measured
@@ -84,7 +85,7 @@ class Rotation:
 
 def find_rotations(groups: Sequence[Group], measured: Measured) -> dict[str, Rotation]:
     """By name the groups whose units may be mixed within heads; measures what it needs."""
-    found = find_heads(groups, measured, measured.data)
+    found = find_heads(groups, measured)
     sites = {rows.site.name: rows.site for heads in found.values() for rows in _made(heads)}
     sites |= {c.site.name: c.site for heads in found.values() for o in heads.outlets for c in o.readers}
     measured.measure(sites.values())
@@ -195,9 +196,9 @@ class Mixer:
 
     def outputs(self, site: Site) -> Index:
         """Rows of a projection that stay."""
-        dims = self.coupling.dims(site.output)
-        assert dims is not None
-        return np.flatnonzero(self.coupling.solution.keep(dims[-1], self.kept))
+        outputs = kept_outputs(self.coupling, site, self.kept)
+        assert outputs is not None
+        return outputs
 
     def inputs(self, site: Site) -> Index:
         """Columns of a layer that stay."""
