@@ -402,6 +402,7 @@ def test_an_interrupted_run_leaves_nothing_behind(number: signal.Signals, status
         text=True,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in background jobs
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
