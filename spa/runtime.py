@@ -16,6 +16,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,6 +32,7 @@ __all__ = [
     "NodeArg",
     "Provider",
     "Session",
+    "Trim",
     "Value",
     "check_installation",
     "cuda_problem",
@@ -44,7 +46,6 @@ __all__ = [
     "run_values",
     "runner",
     "runtime_version",
-    "trim",
 ]
 
 Provider = Literal["auto", "cpu", "cuda"]
@@ -187,7 +188,7 @@ def _options(ort: Any, threads: int, optimize: bool, arena: bool, deterministic:
         raise UsageError(f"threads must be 0 (let ONNX Runtime choose) or more, not {threads}.")
     options = ort.SessionOptions()
     options.log_severity_level = _SILENT
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or _allowed()
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = arena
@@ -197,6 +198,15 @@ def _options(ort: Any, threads: int, optimize: bool, arena: bool, deterministic:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
     return options
+
+
+def _allowed() -> int:
+    """Processors this process may use if that is not all of them, else 0: ONNX Runtime counts those of the machine, and
+    its threads would wait for each other on the few that a container or `taskset` leaves."""
+    if not hasattr(os, "sched_getaffinity"):
+        return 0
+    allowed = len(os.sched_getaffinity(0))
+    return allowed if allowed < (os.cpu_count() or 1) else 0
 
 
 def _cuda_options(arena: bool, deterministic: bool) -> dict[str, str]:
@@ -345,15 +355,27 @@ def _glibc() -> Any:
     return found
 
 
-def trim(most: int) -> None:
-    """Give memory that nobody uses back to the system if it is more than `most` bytes.
+class Trim:
+    """Gives memory that nobody uses back to the system whenever it is more than `most` bytes.
 
-    glibc keeps freed blocks of up to 32 MB, which is what activations that come and go leave behind. Other C libraries
-    are left alone.
+    glibc keeps freed blocks of up to 32 MB, which is what activations that come and go leave behind. Asking how much
+    that is takes milliseconds where heaps are fragmented: it is asked as often as costs a twentieth of the time. Other
+    C libraries are left alone.
     """
-    glibc = _glibc()
-    if glibc is not None and glibc.mallinfo2().fordblks > most:
-        glibc.malloc_trim(0)
+
+    def __init__(self, most: int) -> None:
+        self.most, self._next = most, 0.0
+
+    def __call__(self) -> None:
+        """Look, unless it was looked at lately."""
+        glibc = _glibc()
+        start = time.perf_counter()
+        if glibc is None or start < self._next:
+            return
+        if glibc.mallinfo2().fordblks > self.most:
+            glibc.malloc_trim(0)
+        end = time.perf_counter()
+        self._next = end + 19 * (end - start)
 
 
 def provider_of(session: Session) -> Literal["cpu", "cuda"]:

@@ -400,8 +400,10 @@ def test_half_precision_is_widened_first() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, math.inf), (0.0, 6.0), (-math.inf, 0.5), (-1.0, 1.0)])
 @pytest.mark.parametrize("skip", [False, True])
-@pytest.mark.parametrize("name", ["conv groups", "gemm turned", "matmul"])
-def test_bent_targets(name: str, skip: bool, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "keep"), [("conv groups", 0), ("conv groups", 2**30), ("gemm turned", 0), ("matmul", 2**30)]
+)
+def test_bent_targets(name: str, keep: int, skip: bool, low: float, high: float) -> None:
     """The kernel against numpy, and what it is for: a bound of the error behind the activation never rises.
 
     The bound counts (y' - y)^2 where the activation lets the original pass, and by how much y' is inside where it does
@@ -447,14 +449,17 @@ def test_bent_targets(name: str, skip: bool, low: float, high: float) -> None:
         z = scale * wanted + rest
         bent = np.where(z < low, np.minimum(now, low), np.where(z > high, np.maximum(now, high), z))
         bent = (bent - rest) / scale
-        meter = Meter(site, 1, width=width, skip=skip)
-        given: dict[str, Any] = {
-            "t": t, "scale": scale, "shift": shift, "weight": weight, "offset": offset[:, None],
+        meter = Meter(site, 1, width=width, skip=skip, keep=keep)
+        bend: dict[str, Any] = {
+            "scale": scale, "shift": shift, "weight": weight, "offset": offset[:, None],
             "low": np.clip(low, -1e30, 1e30), "high": np.clip(high, -1e30, 1e30),
         }  # fmt: skip
-        given |= {"plus": plus, "minus": minus} if skip else {}
-        meter.add(place(x), {k: place(np.asarray(v, dtype=np.float32)) for k, v in given.items()})
-        moments: Joint | None = meter.moments()
+        given = {"t": t, **({"plus": plus, "minus": minus, "scale": scale} if skip else {})}
+        values = [{k: place(np.asarray(v, dtype=np.float32)) for k, v in each.items()} for each in (given, bend)]
+        for _ in range(2 if keep else 1):  # twice the same samples: the same moments
+            meter.add(place(x), values[0])
+        assert meter.moments() is not None
+        moments: Joint | None = meter.bent(values[1], [(place(x), values[0])] if not keep else [])
         _, cross, variance = reference(rows, bent, g)
         assert moments is not None
         assert cross is not None

@@ -7,7 +7,6 @@ residual connection follows, the target is what makes the *sum* right: the error
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +28,7 @@ from spa.moments import Joint
 from spa.progress import Progress, silent
 from spa.removal import Mask
 from spa.rewrite import Twin
-from spa.runtime import Value, place, trim
+from spa.runtime import Trim, Value, place
 from spa.sites import constant_of, exchange
 
 LARGEST = 1024
@@ -73,6 +72,7 @@ def refit_sites(
     first = Front(before, data, setup.batch, setup.memory // 8)
     fronts = [first, Front(after, data, setup.batch, setup.memory // 8, beside=first)]
     ancestors = site_ancestors(twin.model, {pair.pruned.name for pair in pairs})
+    trim = Trim(setup.memory // 8)
     done = 0
     progress("refit", done, len(pairs))
     for step in steps(pairs, ancestors):
@@ -95,7 +95,7 @@ def refit_sites(
         for task in tasks:
             for left, right in zip(dense, small, strict=True):
                 task.split(left, right)
-                trim(setup.memory // 8)
+                trim()
             _solve(task, (dense, small), biases[task.pair], after, damping, bends)
         done += len(step)
         progress("refit", done, len(pairs))
@@ -118,11 +118,11 @@ class _Task:
 
     def split(self, dense: Values, small: Values) -> None:
         """Measure one batch, in halves: values of the original and of the pruned model."""
-        self.meter.split(small[self.pair.pruned.data.name or ""], self.targets(dense, small))
+        self.meter.split(*self.batch(dense, small))
 
-    def add(self, dense: Values, small: Values, more: Mapping[str, Value]) -> None:
-        """Measure one batch."""
-        self.meter.add(small[self.pair.pruned.data.name or ""], {**self.targets(dense, small), **more})
+    def batch(self, dense: Values, small: Values) -> tuple[Value, dict[str, Value]]:
+        """Inputs of the site, and what its outputs should be."""
+        return small[self.pair.pruned.data.name or ""], self.targets(dense, small)
 
     def targets(self, dense: Values, small: Values) -> dict[str, Value]:
         """What the site's outputs should be."""
@@ -151,6 +151,7 @@ def _meter(
         width=width,
         skip=skip,
         dtypes=(kinds[0], kinds[1]),
+        keep=setup.memory // 8 if pair.behind.bends and not mixed else 0,
         provider=setup.provider,
         threads=setup.threads,
     )
@@ -175,11 +176,8 @@ def _solve(
     new = np.stack([s(c) for s, c in zip(solved, moments.cross, strict=True)])
     offset = moments.mean_t - np.einsum("gmd,gd->gm", new, moments.mean_x)
     for _ in range(bends if task.pair.behind.bends and task.mix is None else 0):
-        more = _bend(task, new, offset)
-        task.meter.clear()
-        for dense, small in zip(*values, strict=True):
-            task.add(dense, small, more)
-        bent = task.meter.moments()
+        again = (task.batch(dense, small) for dense, small in zip(*values, strict=True))
+        bent = task.meter.bent(_bend(task, new, offset), again)
         assert bent is not None
         new = np.stack([s(c) for s, c in zip(solved, bent.cross, strict=True)])
         offset = bent.mean_t - np.einsum("gmd,gd->gm", new, bent.mean_x)

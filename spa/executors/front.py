@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spa.calibration import Calibration
 from spa.executors.segments import Segments, placed
-from spa.runtime import Value, fetch, is_plain, place, trim
+from spa.runtime import Trim, Value, fetch, is_plain, place
 from spa.shelf import Shelf
 
 Values = dict[str, Value]
@@ -28,7 +28,7 @@ class Front:
     def __init__(
         self, parts: Segments, data: Calibration, batch: int, memory: int, beside: Front | None = None
     ) -> None:
-        self.parts, self.memory = parts, memory
+        self.parts, self.memory, self._trim = parts, memory, Trim(memory)
         # two fronts over the same samples hold them once
         self.anchor: Window = [placed(b) for b in data.batches(batch)] if beside is None else beside.anchor
 
@@ -44,7 +44,7 @@ class Front:
         held: Window = []
         for before in self.anchor:
             held.append({name: _kept(shelf, value, before.get(name)) for name, value in run(before).items()})
-            trim(self.memory)
+            self._trim()
         self.anchor = [{name: values[name] for name in live} for values in held]
         return held
 

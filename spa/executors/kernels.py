@@ -89,8 +89,6 @@ class Form:
     """Channels of the target as it comes; more than `groups x rows` where only some are looked at."""
     skip: bool = False
     """The target gets (plus - minus) / scale on top."""
-    bend: bool = False
-    """Targets follow a clipping activation, see `_bent`."""
     half: bool = False
     """Only some of the leading axis, given as an index `who`."""
     pick: bool = True
@@ -130,7 +128,7 @@ def _product(b: _Builder, left: ir.Value, right: ir.Value, groups: int, m: int, 
     return b("MatMul", b("Transpose", left, perm=[0, 2, 1]), right)
 
 
-def _bent(b: _Builder, form: Form, t: ir.Value, other: ir.Value | None, rows: ir.Value) -> ir.Value:
+def _bent(b: _Builder, groups: int, m: int, t: ir.Value, other: ir.Value | None, rows: ir.Value) -> ir.Value:
     """Targets that only ask for what survives an activation f = clip(scale y + shift + other, low, high).
 
     Where the original is below `low`, any value below is as good: the target is then what the current weights give,
@@ -138,19 +136,15 @@ def _bent(b: _Builder, form: Form, t: ir.Value, other: ir.Value | None, rows: ir
     (f(y) - y')^2 where the original passes and of what is passed where it does not: a bound of the error behind the
     activation (alternating minimisation as in Zhang et al., "Accelerating very deep convolutional networks", 2016).
     """
-    scale = b.inputs[[v.name for v in b.inputs].index("scale")] if other is not None else None
-    scale = scale if scale is not None else b.input("scale", ir.DataType.FLOAT, 1)
-    shift, weight, offset = (b.input(n, ir.DataType.FLOAT, r) for n, r in (("shift", 1), ("weight", 3), ("offset", 3)))
-    low, high = b.input("low", ir.DataType.FLOAT, 0), b.input("high", ir.DataType.FLOAT, 0)
+    scale, shift = (b("Reshape", b.input(n, ir.DataType.FLOAT, 1), b.ints(groups, 1, m)) for n in ("scale", "shift"))
+    weight, offset = (b.input(n, ir.DataType.FLOAT, 3) for n in ("weight", "offset"))
+    low, high = (b.input(n, ir.DataType.FLOAT, 0) for n in ("low", "high"))
     now = b("Add", b("MatMul", rows, b("Transpose", weight, perm=[0, 2, 1])), offset)  # [g, N, m]
-    width = form.groups * form.rows
-    now = b("Reshape", b("Transpose", now, perm=[1, 0, 2]), b.ints(-1, width))
-    t = b("Reshape", t, b.ints(-1, width))
-    rest = shift if other is None else b("Add", shift, b("Reshape", other, b.ints(-1, width)))
+    rest = shift if other is None else b("Add", shift, other)
     want, have = (b("Add", b("Mul", v, scale), rest) for v in (t, now))
     want = b("Where", b("Less", want, low), b("Min", have, low), want)
     want = b("Where", b("Greater", want, high), b("Max", have, high), want)
-    return b("Reshape", b("Div", b("Sub", want, rest), scale), b.ints(1, -1, width))
+    return b("Div", b("Sub", want, rest), scale)
 
 
 @lru_cache(maxsize=256)
@@ -181,27 +175,28 @@ def _rows_session(form: Form, provider: Provider, threads: int) -> Session:
             value = _rows(b, value, form.tokens, form.width, picks, False)
             return value if select is None else b("Gather", value, select, axis=2)
 
-        t, minus = looked_at(t), None
+        t = looked_at(t)
         if form.skip:
             plus = looked_at(given("plus", form.t_type))
-            minus = given("minus", form.t_type)
-            minus = _rows(b, minus, form.tokens, width, picks, False)
+            minus = _rows(b, given("minus", form.t_type), form.tokens, width, picks, False)
             t = b("Add", t, b("Div", b("Sub", plus, minus), b.input("scale", ir.DataType.FLOAT, 1)))
-        if form.bend:
-            t = _bent(b, form, t, minus, rows)
+            outputs["beside"] = after("held_minus", _grouped(b, minus, form.groups, width, 1))
         outputs["targets"] = after("held_targets", _grouped(b, t, form.groups, width, 1))
     return b.session(outputs, provider, threads)
 
 
 @lru_cache(maxsize=256)
-def _moments_session(groups: int, d: int, m: int, inner: bool, provider: Provider, threads: int) -> Session:
+def _moments_session(
+    groups: int, d: int, m: int, inner: bool, bend: bool, skip: bool, provider: Provider, threads: int
+) -> Session:
     b = _Builder()
 
     def centred(rows: ir.Value) -> tuple[ir.Value, ir.Value]:
         mean = b("ReduceMean", rows, axes=[1], keepdims=1)
         return b("Squeeze", mean, b.ints(1)), b("Sub", rows, mean)
 
-    mean, x = centred(b.input("rows", ir.DataType.FLOAT, 3))
+    rows = b.input("rows", ir.DataType.FLOAT, 3)
+    mean, x = centred(rows)
     outputs = {"mean_x": mean}
     if inner:
         ends = [*range(0, d, _tile(groups, d)), d]
@@ -210,7 +205,10 @@ def _moments_session(groups: int, d: int, m: int, inner: bool, provider: Provide
             for row, (u, v) in zip(tiles[: k + 1], pairwise(ends), strict=False):
                 outputs[f"xx {u} {i}"] = _product(b, row, tiles[k], groups, v - u, j - i)
     if m:
-        outputs["mean_t"], t = centred(b.input("targets", ir.DataType.FLOAT, 3))
+        targets = b.input("targets", ir.DataType.FLOAT, 3)
+        if bend:
+            targets = _bent(b, groups, m, targets, b.input("minus", ir.DataType.FLOAT, 3) if skip else None, rows)
+        outputs["mean_t"], t = centred(targets)
         outputs["tx"] = _product(b, t, x, groups, m, d)
         outputs["tt"] = b("ReduceSum", b("Mul", t, t), b.ints(1), keepdims=0)
     return b.session(outputs, provider, threads)
@@ -234,11 +232,18 @@ class Rows:
     """[g, N, d]"""
     targets: Value | None = None
     """[g, N, m]"""
+    minus: Value | None = None
+    """The residual branch behind the operator, [g, N, m], see `Form.skip`."""
 
     @property
     def count(self) -> int:
         """N."""
         return int(self.inputs.shape()[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take."""
+        return sum(int(v.tensor_size_in_bytes()) for v in (self.inputs, self.targets, self.minus) if v is not None)
 
 
 def rows(
@@ -255,7 +260,7 @@ def rows(
     """The observations in one batch, behind those that are `held`.
 
     `target` holds `t`, and as `form` asks for them: `select` (channels of t); `plus`, `minus`, `scale` (residual
-    branch); `scale`, `shift`, `low`, `high`, `weight` [g, m, d], `offset` [g, 1, m] (activation).
+    branch).
     """
     session = _rows_session(replace(form, carry=held is not None), provider, threads)
     feeds = {"x": x}
@@ -266,24 +271,40 @@ def rows(
     names = ["rows"]
     if target is not None:
         feeds.update(target)
-        names.append("targets")
+        names.extend(["targets", "beside"] if form.skip else ["targets"])
         if picks.targets is not None:
             feeds["picks"] = picks.targets
     if held is not None:
         feeds["held_rows"] = held.inputs
         if held.targets is not None:
             feeds["held_targets"] = held.targets
+        if held.minus is not None:
+            feeds["held_minus"] = held.minus
     got = run_values(session, feeds, names)
-    return Rows(got["rows"], got.get("targets"))
+    return Rows(got["rows"], got.get("targets"), got.get("beside"))
 
 
-def moments(found: Rows, *, inner: bool = True, provider: Provider = "cpu", threads: int = 0) -> Joint:
-    """Joint moments of observations; without `inner` xx is zero."""
+def moments(
+    found: Rows,
+    *,
+    inner: bool = True,
+    bend: Mapping[str, Value] | None = None,
+    provider: Provider = "cpu",
+    threads: int = 0,
+) -> Joint:
+    """Joint moments of observations; without `inner` xx is zero.
+
+    With `bend` the targets follow a clipping activation, see `_bent`: `scale` and `shift` [g m], `low` and `high`,
+    `weight` [g, m, d], `offset` [g, 1, m].
+    """
     g, count, d = (int(n) for n in found.inputs.shape())
     m = 0 if found.targets is None else int(found.targets.shape()[2])
-    session = _moments_session(g, d, m, inner, provider, threads)
+    skip = bend is not None and found.minus is not None
+    session = _moments_session(g, d, m, inner, bend is not None, skip, provider, threads)
     names = [output.name for output in session.get_outputs()]
     feeds = {"rows": found.inputs} | ({} if found.targets is None else {"targets": found.targets})
+    if bend is not None:
+        feeds |= bend if found.minus is None else {**bend, "minus": found.minus}
     got = {n: fetch(v).astype(np.float64) for n, v in run_values(session, feeds, names).items()}
     return Joint(
         count,

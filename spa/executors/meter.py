@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,8 +24,6 @@ ENOUGH = 1024
 class _Sum:
     held: kernels.Rows | None = None
     total: Joint | None = None
-    inner: bool = True
-    """Whether the moments of the inputs are asked for; with targets that follow an activation they are known."""
 
 
 class Meter:
@@ -38,6 +36,7 @@ class Meter:
         width: channels of the targets as they come; 0 without targets.
         skip: the targets come with a residual branch, see `kernels.Form.skip`.
         dtypes: element types of the inputs and of the targets.
+        keep: bytes that observations may take, so that `bent` need not ask for the batches again.
     """
 
     def __init__(
@@ -49,6 +48,7 @@ class Meter:
         width: int = 0,
         skip: bool = False,
         dtypes: tuple[ir.DataType, ir.DataType] = (ir.DataType.FLOAT, ir.DataType.FLOAT),
+        keep: int = 0,
         provider: Provider = "cpu",
         threads: int = 0,
     ) -> None:
@@ -71,6 +71,8 @@ class Meter:
             self.constants["select"] = kernels.indices(select)
         self._sums = [_Sum(), _Sum()]
         """The second one is used if halves are asked for."""
+        self._room = keep
+        self._kept: list[kernels.Rows] = []
         self.seen = 0
         self._picks: dict[tuple[int, ...], kernels.Picks] = {}
 
@@ -88,23 +90,49 @@ class Meter:
         self._take(self._sums[0], x, targets, None)
 
     def _take(self, into: _Sum, x: Value, targets: Mapping[str, Value] | None, who: NDArray[np.int64] | None) -> None:
-        picks = self._pick(tuple(int(n) for n in x.shape()))
-        bend = targets is not None and "weight" in targets
-        form = replace(self.form, pick=picks.patches is not None, bend=bend, half=who is not None)
-        given = None if targets is None else {**targets, **self.constants}
-        into.inner = not bend
-        into.held = kernels.rows(form, x, picks, given, who, into.held, provider=self.provider, threads=self.threads)
+        into.held = self._rows(x, targets, who, into.held)
         if into.held.count >= ENOUGH:
             self._reduce(into)
 
+    def _rows(
+        self, x: Value, targets: Mapping[str, Value] | None, who: NDArray[np.int64] | None, held: kernels.Rows | None
+    ) -> kernels.Rows:
+        picks = self._pick(tuple(int(n) for n in x.shape()))
+        form = replace(self.form, pick=picks.patches is not None, half=who is not None)
+        given = None if targets is None else {**targets, **self.constants}
+        return kernels.rows(form, x, picks, given, who, held, provider=self.provider, threads=self.threads)
+
     def _reduce(self, into: _Sum) -> None:
         if into.held is not None:
-            part = kernels.moments(into.held, inner=into.inner, provider=self.provider, threads=self.threads)
-            into.held = None
-            if into.total is None:
-                into.total = part
+            into.total = _merged(into.total, kernels.moments(into.held, provider=self.provider, threads=self.threads))
+            self._room -= into.held.nbytes
+            if self._room >= 0:
+                self._kept.append(into.held)
             else:
-                into.total.merge(part)
+                self._kept.clear()
+            into.held = None
+
+    def bent(self, bend: Mapping[str, Value], again: Iterable[tuple[Value, Mapping[str, Value]]]) -> Joint | None:
+        """Moments with targets that follow an activation (`bend` as in `kernels.moments`), without those of the inputs.
+
+        To be called after `moments` or `halves`. `again` gives all batches once more, as `add` takes them; it is only
+        asked for what was not kept.
+        """
+        total = None
+        for rows in self._kept if self._room >= 0 else self._again(again):
+            part = kernels.moments(rows, inner=False, bend=bend, provider=self.provider, threads=self.threads)
+            total = _merged(total, part)
+        return total
+
+    def _again(self, batches: Iterable[tuple[Value, Mapping[str, Value]]]) -> Iterator[kernels.Rows]:
+        held = None
+        for x, targets in batches:
+            held = self._rows(x, targets, None, held)
+            if held.count >= ENOUGH:
+                yield held
+                held = None
+        if held is not None:
+            yield held
 
     def moments(self) -> Joint | None:
         """Of all batches since the start, or since `clear`; None if there was none."""
@@ -112,7 +140,7 @@ class Meter:
         return self._sums[0].total
 
     def clear(self) -> None:
-        """Forget all batches."""
+        """Forget the sums; what was kept for `bent` stays."""
         self._sums = [_Sum(), _Sum()]
 
     def halves(self) -> tuple[Joint, Joint | None]:
@@ -145,3 +173,10 @@ class Meter:
         chosen = sample(self.site, math.prod(out), self.samples)
         flat = window(self.site, space, out, chosen)
         return kernels.Picks(kernels.indices(flat), kernels.indices(chosen))
+
+
+def _merged(total: Joint | None, part: Joint) -> Joint:
+    if total is None:
+        return part
+    total.merge(part)
+    return total
