@@ -8,7 +8,7 @@ that place is the explanation.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations
@@ -22,7 +22,7 @@ from spa.axes import Axis, Reason
 from spa.coupling import Coupling, Use
 from spa.errors import UsageError
 from spa.graph import Graph, Source
-from spa.groups import Analysis, Frozen, Group, operand_roles
+from spa.groups import Analysis, Frozen, Group, operand_roles, strongest
 from spa.pipeline import analyze
 from spa.rules import Op, Operand
 
@@ -421,7 +421,7 @@ class _Explainer:
     # -- what it is coupled with ---------------------------------------------------------------------------------------
 
     @cached_property
-    def roles(self) -> dict[tuple[ir.Node, int, int], str]:
+    def roles(self) -> dict[tuple[ir.Node, int, int], dict[int, str]]:
         return operand_roles(self.coupling)
 
     def _coupled(self, place: Place, leaves: frozenset[int], groups: list[Group]) -> tuple[Coupled, ...]:
@@ -429,15 +429,16 @@ class _Explainer:
         out: dict[Coupled, None] = {}
         for other, data in self.graph.nodes(data=True):
             if other != place and not wide.isdisjoint(data["leaves"]):
-                out[Coupled(other.tensor, other.axis, self._role(other))] = None
+                out[Coupled(other.tensor, other.axis, self._role(other, data["leaves"] & wide))] = None
         return tuple(sorted(out, key=lambda c: (c.role == "activation", c.role in ("input", "output"))))
 
-    def _role(self, place: Place) -> str:
+    def _role(self, place: Place, leaves: Set[int]) -> str:
         if place.value not in self.coupling.weights:
             return _role_of(self.coupling, place.value)
         uses = [place.use] if place.use is not None else self.coupling.shared.get(place.value, [])
         first = next((u for u in uses if u == place.use or not self.coupling.separate(place.value, u)), None)
-        return self.roles.get((*first, place.axis), "index") if first is not None else "index"
+        known = self.roles.get((*first, place.axis), {}) if first is not None else {}
+        return strongest(known.get(leaf, "index") for leaf in leaves)
 
 
 def _role_of(coupling: Coupling, value: ir.Value) -> str:

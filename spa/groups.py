@@ -7,7 +7,7 @@ criterion ranks them against each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -146,23 +146,48 @@ def _members(coupling: Coupling) -> dict[int, list[Member]]:
             first = use or next((u for u in uses if not coupling.separate(value, u)), None)
             dims = coupling.dims(value, use) or ()
             for d, dim in enumerate(dims):
-                role = roles.get((first[0], first[1], d), "index") if first is not None else "index"
-                member = Member(value.name or "", d, role, value, use, dim, len(dims))
+                known = roles.get((*first, d), {}) if first is not None else {}
                 for leaf in dict.fromkeys(coupling.solution.leaves(dim)):
+                    member = Member(value.name or "", d, known.get(leaf, "index"), value, use, dim, len(dims))
                     out.setdefault(leaf, []).append(member)
     return out
 
 
-def operand_roles(coupling: Coupling) -> dict[tuple[ir.Node, int, int], str]:
-    """(node, slot, dimension) -> role of the operand there."""
+def operand_roles(coupling: Coupling) -> dict[tuple[ir.Node, int, int], dict[int, str]]:
+    """(node, slot, dimension) -> role of each leaf there.
+
+    One dimension can have several: the first of a transposed convolution's weight holds groups, whose outputs leave
+    with them, and the inputs of each, which are summed over.
+    """
     costly = {cost.node for cost in coupling.relations.costs}
-    out: dict[tuple[ir.Node, int, int], str] = {}
+    out: dict[tuple[ir.Node, int, int], dict[int, str]] = {}
     for flow in coupling.relations.flows:
         role = "in" if flow.leaving == "sum" else "out" if flow.node in costly else "scale"
         for slot, d in flow.inputs:
-            if out.get((flow.node, slot, d)) != "out":
-                out[flow.node, slot, d] = role
+            known = out.setdefault((flow.node, slot, d), {})
+            for leaf in coupling.solution.leaves(flow.axis):
+                if known.get(leaf) != "out":
+                    known[leaf] = role
     return out
+
+
+ROLES = ("out", "in", "scale", "index")
+"""Of a weight's axis, see `Member.role`; the first one counts where an axis has several."""
+
+
+def strongest(roles: Iterable[str]) -> str:
+    """The role that counts among several; `index` if there is none."""
+    return min(roles, key=ROLES.index, default="index")
+
+
+def _joined(members: Iterable[Member]) -> list[Member]:
+    """One for each axis of a weight."""
+    out: dict[tuple[ir.Value, Use | None, int], Member] = {}
+    for m in members:
+        key = m.value, m.use, m.axis
+        if key not in out or strongest([m.role, out[key].role]) != out[key].role:
+            out[key] = m
+    return list(out.values())
 
 
 def _kinds(coupling: Coupling) -> dict[int, str]:
@@ -193,7 +218,7 @@ def _groups(
     names: dict[str, int] = {}
     out = []
     for leaves, positions in _buckets(coupling):
-        mine = list({(m.value, m.use, m.axis): m for leaf in leaves for m in members.get(leaf, ())}.values())
+        mine = _joined(m for leaf in leaves for m in members.get(leaf, ()))
         if len(positions) < 2 or all(m.value in poison for m in mine):
             continue  # nothing to cut, or no weight whose zero would say what was cut
         kind = min((kinds.get(leaf, "other") for leaf in leaves), key=KINDS.index)

@@ -16,7 +16,6 @@ import mmap
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -32,7 +31,6 @@ __all__ = [
     "NodeArg",
     "Provider",
     "Session",
-    "Trim",
     "Value",
     "check_installation",
     "cuda_problem",
@@ -337,45 +335,6 @@ def _clean_ranges(folder: Path) -> list[tuple[int, int]]:
                 found.pop()
                 inside = False
     return found
-
-
-class _MallInfo(ctypes.Structure):
-    """What glibc says about its heaps (mallinfo2(3))."""
-
-    _fields_ = (("before", ctypes.c_size_t * 8), ("fordblks", ctypes.c_size_t), ("keepcost", ctypes.c_size_t))
-
-
-@functools.cache
-def _glibc() -> Any:
-    try:
-        found = ctypes.CDLL(None)
-        found.mallinfo2.restype, found.malloc_trim.argtypes = _MallInfo, [ctypes.c_size_t]
-    except (AttributeError, OSError, TypeError):
-        return None
-    return found
-
-
-class Trim:
-    """Gives memory that nobody uses back to the system whenever it is more than `most` bytes.
-
-    glibc keeps freed blocks of up to 32 MB, which is what activations that come and go leave behind. Asking how much
-    that is takes milliseconds where heaps are fragmented: it is asked as often as costs a twentieth of the time. Other
-    C libraries are left alone.
-    """
-
-    def __init__(self, most: int) -> None:
-        self.most, self._next = most, 0.0
-
-    def __call__(self) -> None:
-        """Look, unless it was looked at lately."""
-        glibc = _glibc()
-        start = time.perf_counter()
-        if glibc is None or start < self._next:
-            return
-        if glibc.mallinfo2().fordblks > self.most:
-            glibc.malloc_trim(0)
-        end = time.perf_counter()
-        self._next = end + 19 * (end - start)
 
 
 def provider_of(session: Session) -> Literal["cpu", "cuda"]:

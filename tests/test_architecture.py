@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "progress", "readable", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
+    {"errors", "heap", "progress", "readable", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
     {"axes", "cache", "inference", "runtime", "shelf", "signature"},
     {"external", "feeds", "footprint"},
     {"store", "bench", "calibration"},

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from onnx import numpy_helper
 
 import spa
-from spa.calibration import Calibration
+from spa.calibration import Calibration, load_calibration
 from spa.criteria import CRITERIA, Aggregation
 from spa.criteria.feature_moment import denoised_diagonal
 from spa.criteria.obspa import consumers
@@ -303,6 +303,34 @@ def test_the_papers_own_score() -> None:
         second = damped(x.T @ x / len(x), 1e-2)
         rows.append((np.square(w) / np.diag(np.linalg.inv(second))).sum(axis))
     np.testing.assert_allclose(scored("vit_split", "mlp.fc1:neuron", "obspa-paper"), np.mean(rows, axis=0), rtol=1e-3)
+
+
+def test_the_papers_own_score_of_a_grouped_transposed_convolution() -> None:
+    """Outputs of both groups leave together; the first axis of the weight holds inputs, not what is produced."""
+    rng = np.random.default_rng(3)
+    up, head = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 3, 1, 1), (4, 6, 1, 1)))
+    net = Net()
+    x = net.input("x", "n", 8, 1, 1)  # one position: all are looked at
+    hidden = net("ConvTranspose", x, net.value("up.weight", up), name="up", group=2)
+    net("Conv", hidden, net.value("head.weight", head), name="head")
+    model = net.model(head_out=["n", 4, 1, 1])
+    images = rng.normal(size=(400, 8, 1, 1)).astype(np.float32)
+    data = load_calibration({"x": images}, spa.load(model).model)
+    analysis = spa.analyze(model)
+    (group,) = (g for g in analysis.groups if g.name == "up:channel")
+    assert {(m.tensor, m.axis): m.role for m in group.members} == {("up.weight", 1): "out", ("head.weight", 1): "in"}
+    scores = CRITERIA["obspa-paper"].score(group, Evidence(analysis, 0, Measured(analysis, analysis.groups, data)))
+
+    pixels = images.transpose(0, 2, 3, 1).reshape(-1, 2, 4).astype(np.float64)
+    weight = up.astype(np.float64).reshape(2, 4, 3)
+    made = np.einsum("pgc,gcm->pgm", pixels, weight).reshape(len(pixels), 6)
+
+    def inverse(x: Array) -> Array:
+        return np.asarray(np.diag(np.linalg.inv(damped(x.T @ x / len(x), 1e-2))))
+
+    produced = sum((np.square(weight[g]) / inverse(pixels[:, g])[:, None]).sum(axis=0) for g in range(2))
+    consumed = (np.square(head[..., 0, 0]) / inverse(made)).sum(axis=0).reshape(2, 3).sum(axis=0)
+    np.testing.assert_allclose(scores, (produced + consumed) / 2, rtol=1e-3)
 
 
 def test_query_and_key_dims_go_by_the_power_of_their_product() -> None:

@@ -23,12 +23,13 @@ from spa.executors.front import Front, Values, Window
 from spa.executors.meter import Meter
 from spa.executors.segments import Segments
 from spa.groups import Analysis
+from spa.heap import Trim
 from spa.least_squares import DAMPINGS, Refitter, transfer
 from spa.moments import Joint
 from spa.progress import Progress, silent
 from spa.removal import Mask
 from spa.rewrite import Twin
-from spa.runtime import Trim, Value, place
+from spa.runtime import Value, place
 from spa.sites import constant_of, exchange
 
 LARGEST = 1024

@@ -80,8 +80,10 @@ def _paper(group: Group, evidence: Evidence) -> Sequence[Vector]:
         if member.role == "out" and member.value in made:
             site = made[member.value]
             if member.axis == site.output_axis:
-                scores = _per_weight(site, measured).sum(axis=2).reshape(-1)
-                rows.append(evidence.per_unit(group, member, scores))
+                scores = _per_weight(site, measured).sum(axis=2)  # [g, m]
+                # where inputs come first, the axis holds the outputs within a group, and all groups lose the same
+                along = scores.sum(axis=0) if site.output_axis else scores.reshape(-1)
+                rows.append(evidence.per_unit(group, member, along))
     return rows or nothing(group)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from spa.calibration import Calibration
 from spa.executors.segments import Segments, placed
-from spa.runtime import Trim, Value, fetch, is_plain, place
+from spa.heap import Trim
+from spa.runtime import Value, fetch, is_plain, place
 from spa.shelf import Shelf
 
 Values = dict[str, Value]
