@@ -1,0 +1,1 @@
+"""Generated from proto/spa/v1 by `make proto`."""

@@ -1,0 +1,96 @@
+"""Bytes in and out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from typing import BinaryIO, TypeAlias
+
+import grpc
+
+from spa_server._generated import artifacts_pb2 as out_pb
+from spa_server._generated import artifacts_pb2_grpc as out_rpc
+from spa_server._generated import uploads_pb2 as in_pb
+from spa_server._generated import uploads_pb2_grpc as in_rpc
+from spa_server.blobs import PIECE, Blobs
+from spa_server.callers import current
+from spa_server.database import Database, collections, jobs
+from spa_server.database.collections import StoredFile
+from spa_server.errors import invalid, not_found
+from spa_server.messages import file_message
+from spa_server.uploads import Uploads
+
+__all__ = ["Artifacts", "Incomings"]
+
+Context: TypeAlias = grpc.aio.ServicerContext
+
+
+class Incomings(in_rpc.UploadServiceServicer):
+    """spa.v1.UploadService."""
+
+    def __init__(self, uploads: Uploads) -> None:
+        self._uploads = uploads
+
+    async def GetUpload(self, request: in_pb.GetUploadRequest, context: Context) -> in_pb.GetUploadResponse:
+        """See the proto."""
+        offset, complete = await asyncio.to_thread(self._uploads.offset, current().owner, request.sha256)
+        return in_pb.GetUploadResponse(offset=offset, complete=complete)
+
+    async def Upload(self, requests: AsyncIterator[in_pb.UploadRequest], context: Context) -> in_pb.UploadResponse:
+        """See the proto."""
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise invalid("header", "header: must be the first message")
+        header = first.header
+        with ExitStack() as stack:
+            receive = self._uploads.receive(current().owner, header.sha256, header.size, header.offset)
+            incoming = await asyncio.to_thread(stack.enter_context, receive)
+            async for request in requests:
+                if request.WhichOneof("part") != "data":
+                    raise invalid("data", "data: must be in all messages but the first")
+                await asyncio.to_thread(incoming.write, request.data)
+            await asyncio.to_thread(incoming.finish)
+        return in_pb.UploadResponse(sha256=header.sha256, size=header.size)
+
+
+class Artifacts(out_rpc.ArtifactServiceServicer):
+    """spa.v1.ArtifactService."""
+
+    def __init__(self, database: Database, blobs: Blobs) -> None:
+        self._database, self._blobs = database, blobs
+
+    async def Download(
+        self, request: out_pb.DownloadRequest, context: Context
+    ) -> AsyncIterator[out_pb.DownloadResponse]:
+        """See the proto."""
+        file = await asyncio.to_thread(self._file, current().owner, request.parent, request.path)
+        if not 0 <= request.offset <= file.size or request.limit < 0:
+            raise invalid("offset", f"offset: {request.offset} is not within the {file.size} bytes of {request.path}")
+        yield out_pb.DownloadResponse(header=file_message(file))
+        left = min(request.limit or file.size, file.size - request.offset)
+        with ExitStack() as stack:
+            source = await asyncio.to_thread(self._open, stack, file.sha256, request.offset)
+            while left > 0 and (piece := await asyncio.to_thread(source.read, min(PIECE, left))):
+                left -= len(piece)
+                yield out_pb.DownloadResponse(data=piece)
+
+    def _file(self, owner: str, parent: str, path: str) -> StoredFile:
+        kind = parent.partition("/")[0]
+        if kind == "jobs":
+            files = jobs.get(self._database, owner, parent).files
+        elif kind == "models":
+            files = collections.get(self._database, owner, "models", parent).files
+        elif kind == "datasets":
+            files = collections.get(self._database, owner, "datasets", parent).files
+        else:
+            raise invalid("parent", f"parent: {parent!r} must be jobs/ID, models/ID or datasets/ID")
+        for file in files:
+            if file.path == path:
+                return file
+        raise not_found(f"{parent}/{path}")
+
+    def _open(self, stack: ExitStack, sha256: str, offset: int) -> BinaryIO:
+        source = stack.enter_context(self._blobs.open(sha256))
+        source.seek(offset)
+        return source

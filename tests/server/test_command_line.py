@@ -1,0 +1,150 @@
+"""`spa serve`, `spa token`, `spa remote`, and `spa prune --server`."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from spa_server.client.login import file
+from tests.command_line import Ran
+from tests.server.running import Running
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for name in ("SPA_SERVER", "SPA_TOKEN", "SPA_SERVER_CA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_pruning_far_away_looks_like_pruning_here(
+    server: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    options = ("--target", "macs=0.7", "--kinds", "channel", "--align", "4", "--json", "--no-cache")
+    local = Ran(capsys, "prune", model, "-o", here / "out.onnx", "--plan", here / "plan.json", *options)
+    far = Ran(
+        capsys,
+        "prune",
+        model,
+        "-o",
+        there / "out.onnx",
+        "--plan",
+        there / "plan.json",
+        *options,
+        "--server",
+        server.address,
+    )
+    assert (local.status, far.status) == (0, 0), far.err
+    for name in ("out.onnx", "plan.json"):
+        assert (here / name).read_bytes() == (there / name).read_bytes()
+    mine, other = local.json(), far.json()
+    for body in (mine, other):
+        for key in ("seconds", "output", "plan"):
+            body.pop(key)
+    assert mine == other
+    assert sorted(path.name for path in there.iterdir()) == ["out.onnx", "plan.json"]
+
+
+def test_samples_are_sent(server: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import numpy as np
+    import onnx
+
+    name = onnx.load(model).graph.input[0].name
+    shape = [d.dim_value or 16 for d in onnx.load(model).graph.input[0].type.tensor_type.shape.dim][1:]
+    np.savez(tmp_path / "x.npz", **{name: np.random.default_rng(0).random((16, *shape), np.float32)})
+    options = ("--target", "macs=0.7", "--method", "obspa", "--calibration", tmp_path / "x.npz", "--json")
+    for out, where in (("a.onnx", ()), ("b.onnx", ("--server", server.address))):
+        assert Ran(capsys, "prune", model, "-o", tmp_path / out, *options, *where).status == 0
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+
+
+def test_a_failure_far_away_is_told_as_one_here(
+    server: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("prune", model, "-o", tmp_path / "out.onnx", "--target", "macs=0.001")
+    local = Ran(capsys, *arguments)
+    far = Ran(capsys, *arguments, "--server", server.address)
+    assert (local.status, far.status) == (7, 7)
+    assert local.err.splitlines()[-1] == far.err.splitlines()[-1]
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_login_push_watch_pull(
+    guarded: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = guarded.token("frida")
+    assert Ran(capsys, "remote", "jobs").status == 2
+    wrong = Ran(capsys, "remote", "login", guarded.address, "--token", "spa_no_no")
+    assert wrong.status == 2
+    assert not file().exists()
+    done = Ran(capsys, "remote", "login", guarded.address, "--token", token, "--json")
+    assert done.json()["owner"] == "frida"
+    assert stat.S_IMODE(os.stat(file()).st_mode) == 0o600
+
+    names = Ran(capsys, "remote", "push", model, "--json").json()["names"]
+    assert names[str(model)].startswith("models/")
+    pruned = Ran(capsys, "remote", "prune", model, "-o", tmp_path / "out.onnx", "--target", "macs=0.7", "--json")
+    assert pruned.status == 0, pruned.err
+    jobs = Ran(capsys, "remote", "jobs", "--json").json()["jobs"]
+    assert [(job["kind"], job["state"]) for job in jobs] == [("prune", "succeeded")]
+    job = jobs[0]["name"]
+    assert set(Ran(capsys, "remote", "watch", job, "--json").json()["files"]) == {
+        "out.onnx",
+        "plan.json",
+        "report.json",
+    }
+    pulled = Ran(capsys, "remote", "pull", job, "-o", tmp_path / "files", "--file", "out.onnx", "--json").json()
+    assert pulled == {"files": [str(tmp_path / "files" / "out.onnx")]}
+    assert (tmp_path / "files" / "out.onnx").read_bytes() == (tmp_path / "out.onnx").read_bytes()
+    assert Ran(capsys, "remote", "cancel", job).status == 0
+    assert Ran(capsys, "remote", "delete", job, names[str(model)]).status == 0
+    assert Ran(capsys, "remote", "jobs", "--json").json() == {"jobs": []}
+    assert Ran(capsys, "remote", "pull", job).status == 1
+
+
+def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = Ran(capsys, "remote", "jobs", "--server", "127.0.0.1:9")
+    assert ran.status == 1
+    assert "the server does not answer" in ran.err
+
+
+def test_a_token_is_not_sent_unencrypted_over_a_network(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = Ran(capsys, "remote", "login", "192.0.2.1:50051", "--token", "spa_a_b")
+    assert ran.status == 2
+    assert "unencrypted" in ran.err
+
+
+def test_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("data: data", encoding="utf-8")
+    (tmp_path / "data").mkdir()
+    made = Ran(capsys, "token", "create", "--owner", "ann", "--scope", "read,run", "--config", config, "--json").json()
+    assert (made["owner"], made["scopes"]) == ("ann", ["read", "run"])
+    assert made["token"].startswith(f"spa_{made['id']}_")
+    listed = Ran(capsys, "token", "list", "--config", config, "--json")
+    assert made["token"].split("_", 2)[2] not in listed.out
+    assert listed.json()["tokens"][0]["revoked"] is None
+    assert Ran(capsys, "token", "revoke", made["id"], "--config", config).status == 0
+    assert Ran(capsys, "token", "list", "--config", config, "--json").json()["tokens"][0]["revoked"]
+    for arguments in (("revoke", "nothing"), ("create", "--owner", "x", "--scope", "all"), ("create", "--owner", " ")):
+        assert Ran(capsys, "token", *arguments, "--config", config).status == 2
+
+
+def test_serve_checks_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("workers: {count: 3}", encoding="utf-8")
+    ran = Ran(capsys, "serve", "--config", config, "--check", "--json")
+    assert ran.json()["listen"] == "127.0.0.1:50051"
+    config.write_text("listen: 0.0.0.0:50051", encoding="utf-8")
+    assert Ran(capsys, "serve", "--config", config, "--check").status == 2
+    config.write_text("database: mysql://x", encoding="utf-8")
+    ran = Ran(capsys, "serve", "--config", config, "--data", tmp_path / "d")
+    assert ran.status == 2
+    assert json.dumps("database")[1:-1] in ran.err
