@@ -16,19 +16,23 @@ PYTEST_ARGS ?= -n 2 --dist worksteal
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test check fix clean
+.PHONY: demo test proto check fix clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/triton $(VENV)/proto
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# The Python code of the protos.
+proto: $(VENV)/.test $(VENV)/proto
+	$(BIN)/python proto/generate.py
 
 fix: $(VENV)/.dev
 	$(BIN)/python -m ruff check --fix .
@@ -41,6 +45,16 @@ clean:
 # One stamp for each set of packages, named as the extra that pip installs.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[$*]"
+	@touch $@
+
+# The client of the inference protocol, in a folder of its own: what it says of protobuf does not agree with the packages above.
+$(VENV)/triton: constraints.txt | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt --no-deps --upgrade --target $@ tritonclient python-rapidjson
+	@touch $@
+
+# The compiler of the protos, in a folder of its own: see proto/generate.py.
+$(VENV)/proto: | $(VENV)/pyvenv.cfg
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps --upgrade --target $@ grpcio-tools==1.81.1
 	@touch $@
 
 $(VENV)/pyvenv.cfg:

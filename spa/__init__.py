@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from spa.calibration import Calibration, Preprocessing, load_calibration
     from spa.criteria import CRITERIA
     from spa.explain import Explanation, explain
+    from spa.frontier.index import Family
+    from spa.frontier.pick import pick
+    from spa.frontier.run import frontier
     from spa.graph import load
     from spa.groups import Analysis, Group
     from spa.implant import implant
@@ -51,6 +54,7 @@ __all__ = [
     "Calibration",
     "Explanation",
     "ExternalDataError",
+    "Family",
     "Fit",
     "GateError",
     "Group",
@@ -76,10 +80,12 @@ __all__ = [
     "explain",
     "export_torch",
     "finetune",
+    "frontier",
     "implant",
     "import_weights",
     "load",
     "load_calibration",
+    "pick",
     "prune",
     "verify",
 ]
@@ -91,6 +97,7 @@ _HOME = {
     "BenchReport": "spa.bench",
     "Calibration": "spa.calibration",
     "Explanation": "spa.explain",
+    "Family": "spa.frontier.index",
     "Fit": "spa.study",
     "Group": "spa.groups",
     "Method": "spa.methods",
@@ -105,10 +112,12 @@ _HOME = {
     "explain": "spa.explain",
     "export_torch": "spa.train",
     "finetune": "spa.train",
+    "frontier": "spa.frontier.run",
     "implant": "spa.implant",
     "import_weights": "spa.train",
     "load": "spa.graph",
     "load_calibration": "spa.calibration",
+    "pick": "spa.frontier.pick",
     "prune": "spa.pipeline",
     "verify": "spa.pipeline",
 }

@@ -23,23 +23,25 @@ from spa.feeds import load_feeds
 from spa.graph import Graph, restore
 from spa.groups import Analysis
 from spa.latency.query import LatencyReport
+from spa.metrics import Drop
 from spa.plan import Plan
 from spa.progress import Progress
 from spa.removal import Mask
-from spa.rewrite import rewritten
+from spa.rewrite import Twin, rewritten
 from spa.schedule import Schedule
 from spa.signature import inputs_of
 from spa.store import publish, save
 from spa.study import Fit
 from spa.verify import Verification, compare, masked, require, zeroed
 
-STAGES = (
+STAGES = (  # in the order of a run; `search` evaluates models for a metric target
     "load",
     "analyze",
     "calibrate",
     "table",
     "compare",
     "score",
+    "search",
     "plan",
     "rewrite",
     "verify",
@@ -55,6 +57,61 @@ class Change:
 
     before: int
     after: int
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One model of a search or family, with what it was measured to be."""
+
+    share: float
+    """What was asked of the cost that is minimised, as a share of the original's."""
+    costs: Mapping[str, float]
+    """By the names of `spa.cost.Metric`, of the cut as planned."""
+    drop: Drop
+    draft: bool
+    """Whether the weights are those of the closed form, where the method goes on from there."""
+    met: bool = True
+    """Whether the metric's target was kept to; true where there is none."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a target on a metric was met."""
+
+    target: str
+    limit: float
+    """By how much the metric may get worse, in its own unit."""
+    drop: Drop
+    data: str
+    """What the held-out samples are."""
+    minimised: str
+    reached: tuple[Reached, ...]
+    """Everything that was evaluated on the way, in order."""
+
+    @property
+    def note(self) -> str:
+        """What is to be said about how sure the drop is; empty if the samples resolve the limit."""
+        error, n = self.drop.error, self.drop.samples
+        if error is None:
+            return "the metric gives one number, so that its standard error is not known"
+        if self.limit >= error and error > 0:
+            return ""
+        if error == 0:
+            return f"no difference on any of the {n} held-out samples: that does not tell how large it is on others"
+        return (
+            f"the tolerance of {self.limit:g} is below one standard error of the measured drop ({error:.2g} over {n} "
+            "held-out samples): these samples cannot tell such a drop from none; give more with --evaluate"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a search decided, with the weights that were evaluated."""
+
+    selection: Selection
+    twin: Twin
+    fit: Fit | None
+    held: Held
 
 
 @dataclass(frozen=True)
@@ -83,6 +140,8 @@ class Report:
     """How good the widths are by predicted losses; None unless the allocation is `knapsack`."""
     latency: LatencyReport | None = None
     """Latency before and after; None unless it was asked for."""
+    metric: Held | None = None
+    """The metric that was a target, on held-out samples; None unless there was one."""
 
     def to_json(self) -> dict[str, Any]:
         """As `spa prune --json` prints it."""
@@ -90,6 +149,8 @@ class Report:
         body["seconds"] = {k: round(v, 4) for k, v in self.seconds.items()}
         if self.latency is not None:
             body["latency"]["share"] = self.latency.share
+        if self.metric is not None:
+            body["metric"]["note"] = self.metric.note
         return body
 
 
@@ -158,8 +219,12 @@ def finish(
     study: Schedule | None = None,
     chosen: Selection | None = None,
     loop: ClosedLoop | None = None,
+    answer: Answer | None = None,
 ) -> Result:
-    """Rewrite, write to a staging folder, verify, compensate, time, publish; at most `most` of a metric is accepted."""
+    """Rewrite, write to a staging folder, verify, compensate, time, publish; at most `most` of a metric is accepted.
+
+    Where a search has compensated already (`answer`), the cut is proved, and its weights are written.
+    """
     clock = job.clock
     with clock.stage("rewrite"):
         twin = rewritten(job.analysis, job.kept)
@@ -182,7 +247,10 @@ def finish(
         fit = None
         if study is not None and chosen is not None and study.data is not None:
             with clock.stage("compensate"):
-                fit = study.compensate(job.kept, twin, chosen.removed)
+                if answer is None:
+                    fit = study.compensate(job.kept, twin, chosen.removed)
+                else:
+                    model, fit = answer.twin.model, answer.fit
             with clock.stage("save"):
                 size = save(model, folder / name, external=job.graph.external)
             written = _within(model, size, most)
@@ -201,6 +269,8 @@ def finish(
     report = _report(job, written, verification)
     if study is not None and chosen is not None:
         report = replace(report, method=study.method.name, fit=fit, optimality=chosen.optimality, latency=latency)
+    if answer is not None:
+        report = replace(report, metric=answer.held)
     return Result(finished, path, job.plan, report, job.analysis)
 
 

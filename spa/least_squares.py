@@ -151,17 +151,7 @@ class _State:
     def scores(self, units: Index) -> Array:
         """tr(w_u (Cinv_uu)^-1 w_u^T) of each unit, [units]."""
         columns = self.columns[units]
-        present = columns >= 0
-        safe = np.where(present, columns, 0)
-        w = self.weight[:, safe] * present  # [m, units, b]
-        if columns.shape[1] == 1:
-            diagonal = self.inverse[safe[:, 0], safe[:, 0]]
-            return np.asarray(self.importance * (w[:, :, 0] ** 2).sum(axis=0) / diagonal * present[:, 0])
-        blocks = self.inverse[safe[:, :, None], safe[:, None, :]]
-        both = present[:, :, None] & present[:, None, :]
-        blocks = np.where(both, blocks, np.eye(columns.shape[1]))
-        gram = np.einsum("mub,muc->ubc", w, w, optimize=True)
-        return np.asarray(self.importance * np.einsum("ubc,ucb->u", gram, np.linalg.inv(blocks), optimize=True))
+        return self.importance * _block_scores(self.weight, columns, _blocks(self.inverse, columns))
 
     def remove(self, units: Index) -> float:
         """Let units leave; returns the loss that adds."""
@@ -233,38 +223,120 @@ def swapped(consumers: Sequence[Consumer], removed: Index, *, rounds: int = 12) 
         return np.sort(removed)
     starts = [np.sort(removed), np.sort(np.argsort(one_shot(consumers), kind="stable")[: len(removed)])]
     best, current = min(((loss_of(consumers, start), start) for start in starts), key=lambda pair: pair[0])
+    out = [_Out(c, current) for c in consumers]
     for _ in range(rounds):
-        gains, costs = _gains(consumers, current)
         kept = np.setdiff1d(np.arange(units), current)
-        back = current[np.argsort(-gains, kind="stable")[:2]]
-        out = kept[np.argsort(costs[kept], kind="stable")[:2]]
-        trials = [np.append(np.setdiff1d(current, b), o) for b in back.tolist() for o in out.tolist()]
-        losses = [loss_of(consumers, t) for t in trials]
+        gains, costs = (np.sum(parts, axis=0) for parts in zip(*(o.changes(current, kept) for o in out), strict=True))
+        back = current[np.argsort(-gains, kind="stable")[:2]].tolist()
+        leave = kept[np.argsort(costs, kind="stable")[:2]].tolist()
+        less = [[o.without(unit) for o in out] for unit in back]
+        trials = [(row, unit, sum(o.cost(unit) for o in row)) for row in less for unit in leave]
+        losses = [sum(o.loss for o in row) + added for row, _, added in trials]
         k = int(np.argmin(losses))
         if losses[k] >= best * (1 - 1e-9):
             break
-        best, current = losses[k], np.sort(trials[k])
+        row, unit, _ = trials[k]
+        best, out = losses[k], [o.plus(unit) for o in row]
+        current = np.sort(np.append(np.setdiff1d(current, back[k // len(leave)]), unit))
     return current
 
 
-def _gains(consumers: Sequence[Consumer], removed: Index) -> tuple[Array, Array]:
-    """What bringing each removed unit back alone would save [removed], and what each other's leaving costs [units]."""
-    gains = np.zeros(len(removed))
-    units = len(consumers[0].columns)
-    costs = np.zeros(units)
-    for c in consumers:
-        state = _State(c)
-        gone = _flat(c.columns[removed])
-        if not len(gone):
-            continue
-        residual = np.linalg.inv(state.inverse[np.ix_(gone, gone)])
-        v = state.weight[:, gone] @ residual
-        place = {column: k for k, column in enumerate(gone.tolist())}
-        for k, unit in enumerate(removed.tolist()):
-            at = [place[column] for column in c.columns[unit].tolist() if column >= 0]
-            if at:
-                block = np.linalg.inv(residual[np.ix_(at, at)])
-                gains[k] += c.importance * float(np.einsum("ij,jk,ik->", v[:, at], block, v[:, at]))
-        state.remove(removed)
-        costs += state.scores(np.arange(units))
-    return gains, costs
+class _Out:
+    """One consumer with some units gone: what bringing one back saves, and what another's leaving costs.
+
+    With P the columns that are gone, R = ((C^-1)_PP)^-1 and V = W_P R, the loss is tr(V W_P^T); both follow single
+    units in and out by the rules for the inverse of a bordered matrix, at a cost that is quadratic in P.
+    """
+
+    def __init__(self, consumer: Consumer, removed: Index) -> None:
+        self.consumer = consumer
+        self.gone = _flat(consumer.columns[removed])
+        self.residual: Array = np.asarray(np.linalg.inv(consumer.inverse[np.ix_(self.gone, self.gone)]))
+        self.shift: Array = consumer.rows[:, self.gone] @ self.residual
+        self.loss = consumer.importance * float(np.sum(self.shift * consumer.rows[:, self.gone]))
+
+    def _with(self, gone: Index, residual: Array, shift: Array, loss: float) -> _Out:
+        out = object.__new__(_Out)
+        out.consumer, out.gone, out.residual, out.shift, out.loss = self.consumer, gone, residual, shift, loss
+        return out
+
+    def changes(self, removed: Index, kept: Index) -> tuple[Array, Array]:
+        """What each removed unit would save alone if it came back [removed], and each other cost if it left [kept]."""
+        c = self.consumer
+        place = np.full(len(c.inverse), -1)
+        place[self.gone] = np.arange(len(self.gone))
+        mine = np.where(c.columns[removed] >= 0, place[c.columns[removed]], -1)
+        gains = np.zeros(len(removed))
+        if len(self.gone):
+            gains = _block_scores(self.shift, mine, _blocks(self.residual, mine))
+        columns = c.columns[kept]
+        safe = np.where(columns >= 0, columns, 0).reshape(-1)
+        bridge = c.inverse[np.ix_(self.gone, safe)]
+        reach = self.residual @ bridge
+        weight = c.rows[:, safe] - c.rows[:, self.gone] @ reach
+        shape = (len(self.gone), len(kept), columns.shape[1])
+        through = np.einsum("pui,puj->uij", bridge.reshape(shape), reach.reshape(shape), optimize=True)
+        own = np.where(columns >= 0, np.arange(columns.size).reshape(columns.shape), -1)
+        return gains * c.importance, c.importance * _block_scores(weight, own, _blocks(c.inverse, columns) - through)
+
+    def without(self, unit: int) -> _Out:
+        """With one unit back."""
+        own = self.consumer.columns[unit]
+        at = np.isin(self.gone, own[own >= 0])
+        if not at.any():
+            return self
+        rest = ~at
+        block = np.linalg.inv(self.residual[np.ix_(at, at)])
+        moved = block @ self.residual[np.ix_(at, rest)]
+        saved = float(np.sum((self.shift[:, at] @ block) * self.shift[:, at]))
+        return self._with(
+            self.gone[rest],
+            self.residual[np.ix_(rest, rest)] - self.residual[np.ix_(rest, at)] @ moved,
+            self.shift[:, rest] - self.shift[:, at] @ moved,
+            self.loss - self.consumer.importance * saved,
+        )
+
+    def _leaving(self, unit: int) -> tuple[Index, Array, Array, Array]:
+        """Columns of a unit, what leads there from those that are gone, its own residual, and its weight by now."""
+        c = self.consumer
+        own = c.columns[unit]
+        own = own[own >= 0]
+        bridge = c.inverse[np.ix_(self.gone, own)]
+        reach = self.residual @ bridge
+        block = np.linalg.inv(c.inverse[np.ix_(own, own)] - bridge.T @ reach)
+        return own, reach, block, c.rows[:, own] - self.shift @ bridge
+
+    def cost(self, unit: int) -> float:
+        """What one more unit costs."""
+        own, _, block, weight = self._leaving(unit)
+        return self.consumer.importance * float(np.sum((weight @ block) * weight)) if len(own) else 0.0
+
+    def plus(self, unit: int) -> _Out:
+        """With one unit more gone."""
+        own, reach, block, weight = self._leaving(unit)
+        if not len(own):
+            return self
+        side = reach @ block
+        residual = np.block([[self.residual + side @ reach.T, -side], [-side.T, block]])
+        shift = np.hstack([self.shift - weight @ side.T, weight @ block])
+        added = self.consumer.importance * float(np.sum((weight @ block) * weight))
+        return self._with(np.append(self.gone, own), residual, shift, self.loss + added)
+
+
+def _blocks(matrix: Array, columns: Index) -> Array:
+    """The block of each unit on the diagonal, [units, b, b]; -1 is no column."""
+    safe = np.where(columns >= 0, columns, 0)
+    return np.asarray(matrix[safe[:, :, None], safe[:, None, :]])
+
+
+def _block_scores(weight: Array, columns: Index, blocks: Array) -> Array:
+    """tr(w_u B_u^-1 w_u^T) of each unit, [units]; -1 is no column."""
+    present = columns >= 0
+    safe = np.where(present, columns, 0)
+    if columns.shape[1] == 1:
+        power = np.square(weight).sum(axis=0)[safe[:, 0]]
+        return np.asarray(np.where(present[:, 0], power / blocks[:, 0, 0], 0.0))
+    w = weight[:, safe] * present  # [m, units, b]
+    blocks = np.where(present[:, :, None] & present[:, None, :], blocks, np.eye(columns.shape[1]))
+    gram = np.einsum("mub,muc->ubc", w, w, optimize=True)
+    return np.asarray(np.einsum("ubc,ucb->u", gram, np.linalg.inv(blocks), optimize=True))

@@ -24,6 +24,7 @@ from spa.sites import Site, find_sites
 
 FEWEST = 8
 """Columns per observation above which not even a ridge helps."""
+_BLOCK = 64
 
 
 @dataclass
@@ -96,8 +97,7 @@ class Measured:
         key = (site.reading, group, damping)
         if key not in self._inverses:
             joint = self.joint(site)
-            inverse = np.linalg.inv(damped(joint.xx[group] / joint.rows, damping))
-            self._inverses[key] = self.shelf.keep(np.asarray(inverse))
+            self._inverses[key] = self.shelf.keep(_inverse(damped(joint.xx[group] / joint.rows, damping)))
         return self._inverses[key]
 
     def measure(self, sites: Iterable[Site]) -> None:
@@ -135,6 +135,24 @@ class Measured:
         cross = np.zeros((len(mean), 0, xx.shape[1]))
         self._joints[site.name] = Joint(int(parts["rows"]), mean, none, xx, cross, none)
         return True
+
+
+def _inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of a symmetric positive definite matrix; by Cholesky factors, in less than half the time of a general one."""
+    from scipy.linalg.lapack import dpotrf, dpotri  # a tenth of a second to import
+
+    factor, failed = dpotrf(matrix, lower=True, clean=True)
+    if not failed:
+        inverse, failed = dpotri(factor, lower=True, overwrite_c=True)
+    if failed:  # a ridge too small for its rounding
+        return np.asarray(np.linalg.inv(matrix))
+    out = np.ascontiguousarray(inverse.T)  # its upper triangle is filled
+    for start in range(0, len(out), _BLOCK):  # block by block, as whole transposed copies miss the caches
+        stop = start + _BLOCK
+        out[stop:, start:stop] = out[start:stop, stop:].T
+        corner = np.triu(out[start:stop, start:stop])
+        out[start:stop, start:stop] = corner + np.triu(corner, 1).T
+    return out
 
 
 def enough(site: Site, joint: Joint, data: Calibration) -> None:

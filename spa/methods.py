@@ -10,7 +10,7 @@ from spa.budget.select import Allocation
 from spa.criteria import AGGREGATIONS, CRITERIA, NORMALISATIONS, Aggregation, Normalisation
 from spa.errors import UsageError
 
-Compensation = Literal["none", "bias", "obs", "obs-dense"]
+Compensation = Literal["none", "bias", "obs", "obs-dense", "stitch"]
 Recalibration = Literal["none", "norm", "auto"]
 CHOICES: Mapping[str, Sequence[str]] = {
     "criterion": list(CRITERIA),
@@ -117,6 +117,12 @@ _TABLE: dict[str, Method] = {
         "HAP (arXiv 2101.08940) on gates: second derivatives, one threshold, norms re-estimated",
         "hap",
         recalibrate="norm",
+    ),
+    "knapsack": Method(
+        "Knapsack Pruning (arXiv 2002.08258): loss by first-order Taylor, coupled layers as one, best widths",
+        "taylor-filters",
+        "sum",
+        allocation="knapsack",
     ),
     "michel": Method(
         "Michel et al. (arXiv 1905.10650): heads by the gradient of their gate",

@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spa.budget import parse_targets
 from spa.budget.select import Align, Allocation
-from spa.cache import Cache
-from spa.calibration import load_calibration
-from spa.closed_loop import ClosedLoop
+from spa.budget.targets import COSTS, parse_request
 from spa.cost import Metric
-from spa.coupling import tensor_of
 from spa.criteria import Aggregation, Normalisation
 from spa.errors import PlanError, UsageError
-from spa.executors.collect import Setup
-from spa.finish import Change, Clock, Job, Oversize, Report, Result, compared, finish, is_exact
+from spa.finish import Answer, Change, Clock, Job, Oversize, Reached, Report, Result, compared, finish, is_exact
+from spa.frontier.search import Search, check_minimise
 from spa.graph import Graph, Source, load
-from spa.groups import Analysis, analyze_model
-from spa.latency.query import LatencyReport, Setting
-from spa.methods import Compensation, Recalibration, resolve
-from spa.options import Scope, check_choices, check_output, parse_memory, parse_min_keep
-from spa.plan import GroupRecord, Plan
+from spa.latency.query import LatencyReport
+from spa.methods import Compensation, Recalibration
+from spa.metrics import Custom
+from spa.options import Scope, check_output
+from spa.plan import Plan
 from spa.plan import read as read_plan
+from spa.prepare import Hold, Options, analyze, prepared
 from spa.progress import Progress, silent
-from spa.removal import kept_by, kept_without, removals
+from spa.removal import kept_by
 from spa.rewrite import rewritten
 from spa.runtime import Provider
-from spa.schedule import Schedule
-from spa.study import Query, Study, best_of
 from spa.verify import Verification, same_structure
-from spa.version import __version__
-
-
-def analyze(source: Source | Graph, *, dims: Mapping[str, int] | None = None) -> Analysis:
-    """Find what can be pruned in a model: groups with their units, what is frozen and why.
-
-    Args:
-        source: path, `onnx.ModelProto`, `onnx_ir.Model`, `onnx_graphsurgeon.Graph`, or a loaded `Graph`.
-        dims: sizes of symbolic axes by name, for the costs.
-
-    Raises:
-        ModelError: the model cannot be read (see `spa.load`).
-    """
-    graph = source if isinstance(source, Graph) else load(source)
-    return analyze_model(graph.model, dims, _overhead(graph))
-
-
-def _overhead(graph: Graph) -> int:
-    """Bytes of the file that are not weights."""
-    tensors = sum(v.const_value.nbytes for v in graph.model.graph.initializers.values() if v.const_value is not None)
-    for node in graph.model.graph.all_nodes():
-        tensor = tensor_of(node)
-        tensors += tensor.nbytes if tensor is not None else 0
-    return max(graph.file_bytes - tensors, 0)
 
 
 def prune(
@@ -95,6 +65,10 @@ def prune(
     dims: Mapping[str, int] | None = None,
     inputs: str | os.PathLike[str] | None = None,
     check: bool = True,
+    evaluate: Any = None,
+    metric: str | Custom | None = None,
+    minimise: str | None = None,
+    reached: Callable[[Reached], None] | None = None,
     progress: Progress = silent,
 ) -> Result:
     """Prune a model until it meets every target, prove that the surgery is exact, compensate, and write it.
@@ -102,7 +76,8 @@ def prune(
     Args:
         source: path, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`; it is not changed.
         target: such as `macs=0.6` (at most 60 % of the original), `macs=2.0G`, `params=0.5`, `size=10MB`, or
-            `latency=5ms`.
+            `latency=5ms`; or `top1-drop=0.01`: the smallest model whose metric gets worse by at most so much on samples
+            that nothing was fit on (a name in `spa.metrics.METRICS`, or `metric`), within the other limits.
         output: file to write; without it `Result.model` holds the pruned model, of the same kind as `source`.
         method: name in `spa.METHODS`, which stands for a criterion, a budget rule and a compensation, or `auto`: the
             one of several that does best on samples held out; by default l2 norms without compensation.
@@ -112,7 +87,8 @@ def prune(
         allocation: `global` ranking, the same share of every group (`uniform`), least loss per cost (`efficient`), or
             least loss (`knapsack`).
         compensate: `bias` puts the mean of what was removed into the biases; `obs` refits all weights behind it in
-            closed form, on the pruned model's own activations; `obs-dense` on the original's; `none`.
+            closed form, on the pruned model's own activations; `obs-dense` on the original's; `stitch` is that with
+            attention heads mixed, which takes no pass over the samples; `none`.
         recalibrate: `norm` re-estimates norm statistics, `auto` keeps that if it helps, `none`.
         calibration: samples: see `spa.load_calibration`; `none`, `noise` and `bn` make inputs up.
         samples: use only so many of them.
@@ -140,8 +116,15 @@ def prune(
         dims: sizes of symbolic axes by name, for costs and verification.
         inputs: `.npz` with one array per graph input, for verification instead of synthetic inputs.
         check: verify before anything is written.
+        evaluate: samples for a metric target, as `calibration`; by default a fifth of the calibration samples, which
+            are then not fit on.
+        metric: what `metric-drop` is about: a name, or a function of all outputs [samples, ...] and labels that gives
+            one number (or one per sample), larger is better. By default top1 with labels, else divergence.
+        minimise: what the smallest model with a metric target is smallest in: `macs`, `params`, `size`, `latency`.
+        reached: called with every point that the search for a metric target evaluates.
         progress: called with (stage, done, total) while it runs, see `spa.progress`: stages of `Report.seconds`, and
-            inside them `collect` (samples), `weigh` (trials of groups), `refit` and `norms` (layers).
+            inside them `collect` (samples), `weigh` (trials of groups), `refit` and `norms` (layers), and `evaluate`
+            (held-out samples).
 
     Raises:
         UsageError: an option is wrong, or samples do not fit the model.
@@ -152,108 +135,73 @@ def prune(
         OutputError: the result cannot be written.
     """
     clock = Clock(progress)
-    targets = parse_targets(target)
-    timed = latency_table is not None or any(t.metric == "latency" for t in targets)
-    setting = Setting(
-        "cuda" if provider == "cuda" else "cpu",
-        threads,
-        batch_size,
-        None if latency_table is None else Path(latency_table),
-    )
-    if threads < 0 or (batch_size is not None and batch_size < 1):
-        raise UsageError("--threads must be 0 (ONNX Runtime's choice) or more, and --batch-size 1 or more")
-    chosen = resolve(
-        method,
+    targets, goal = parse_request(target)
+    check_output(output)
+    options = Options(
+        method=method,
         criterion=criterion,
         aggregation=aggregation,
         normalisation=normalisation,
         allocation=allocation,
         compensate=compensate,
         recalibrate=recalibrate,
+        calibration=calibration,
+        samples=samples,
+        batch=batch,
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        loss=loss,
+        memory=memory,
+        provider=provider,
+        cache=cache,
+        steps=steps,
+        latency_table=latency_table,
+        threads=threads,
+        batch_size=batch_size,
+        scope=scope,
+        kinds=kinds,
+        ignore=ignore,
+        align=align,
+        min_keep=min_keep,
+        seed=seed,
+        dims=dims,
+        inputs=inputs,
+        check=check,
     )
-    check_choices(scope, kinds, align)
-    if steps < 1:
-        raise UsageError(f"--steps: {steps} is too few; write 1 or more")
-    keep = parse_min_keep(min_keep)
-    setup = Setup(batch, parse_memory(memory), provider)
-    needed = [m.needs_data for m in chosen if m.needs_data]
-    if needed and calibration is None:
+    if goal is None and (evaluate is not None or metric is not None or minimise is not None):
         raise UsageError(
-            f"{needed[0]} needs samples of the inputs: give --calibration PATH, or --calibration none to make them up"
+            "--evaluate, --metric and --minimise are about a metric that is a target: give --target top1-drop=0.01 or "
+            "the like, or leave them out"
         )
-    check_output(output)
-    with clock.stage("load"):
-        graph = load(source)
-    with clock.stage("analyze"):
-        analysis = analyze(graph, dims=dims)
-    data = None
-    with clock.stage("calibrate"):
-        if calibration is not None:
-            data = load_calibration(
-                calibration,
-                graph.model,
-                samples=samples,
-                seed=seed,
-                preprocess=preprocess,
-                tokenizer=tokenizer,
-                max_length=max_length,
-                dims=dims,
-            )
-    store = Cache(None if cache is None else Path(cache), graph.sha256)
-    with contextlib.ExitStack() as stack:
-        loop: ClosedLoop | None = None
-        if timed:
-            with clock.stage("table"):
-                loop = ClosedLoop(
-                    graph,
-                    analysis,
-                    setting,
-                    dims=dims,
-                    inputs=None if inputs is None else Path(inputs),
-                    cache=store.folder,
-                    progress=progress,
-                )
-                stack.callback(loop.close)
-                analysis = loop.analysis
-        query = Query(analysis, targets, scope, tuple(kinds), tuple(ignore), align, keep, loss)
-        if loop is not None:
-            query = replace(query, widths=loop.widths, extend=loop.extend)
-        studies = [Study(query, m, seed, data, setup, store, clock.progress) for m in chosen]
-        if len(studies) > 1:
-            with clock.stage("compare"):
-                studies = [best_of(studies)]
-        study = Schedule(studies[0], steps, dims)
+    hold = None if goal is None else Hold(evaluate)
+    smallest = COSTS[check_minimise(minimise or "macs")]
+    timed = goal is not None and smallest == "latency"
+    with prepared(source, options, targets, clock, timed=timed, hold=hold) as query:
         with clock.stage("score"):
-            scored = study.score()
-        settings = {
-            "targets": [t.text for t in targets],
-            **study.method.settings(),
-            "calibration": None
-            if data is None
-            else {"name": data.name, "samples": data.samples, "sha256": data.digest},
-            "scope": scope,
-            "kinds": list(kinds),
-            "ignore": list(ignore),
-            "min_keep": str(min_keep),
-            **({"steps": steps} if steps > 1 else {}),
-            "seed": seed,
-        }
-        full: dict[Metric, float] = {"bytes": graph.file_bytes, "parameters": analysis.parameters}
+            scored = query.study.score()
+        search = None if goal is None else Search(query, scored, goal, metric, smallest, reached)
         most: dict[Metric, float] = {}
+        full = query.full()
         for t in targets:
             if t.metric in full:
                 most[t.metric] = min(t.bound(full[t.metric]), most.get(t.metric, float("inf")))
         spare: dict[Metric, float] = {}
+        loop = query.loop
         while True:
-            with clock.stage("plan"):
-                selection = study.select(scored, spare) if loop is None else loop.select(study, scored, targets, spare)
-                kept = kept_without(analysis, selection.removed)
-                records = tuple(GroupRecord(g.name, g.kind, g.units, units, g.exact) for g, units in selection.removed)
-                settings["align"] = selection.align
-                plan = Plan(graph.sha256, removals(analysis, kept), records, settings, f"spa {__version__}")
-            job = Job(graph, analysis, plan, kept, clock, output, dims, inputs, seed, check, selection.align)
+            found: Answer | None = None
+            with clock.stage("plan" if search is None else "search"):
+                if search is not None:
+                    found = search.answer(spare)
+                    selection = found.selection
+                elif loop is not None:
+                    selection = loop.select(query.study, scored, targets, spare)
+                else:
+                    selection = query.study.select(scored, spare)
+            plan = query.plan(selection)
             try:
-                return replace(finish(job, most, study, selection, loop), curves=scored.curves)
+                result = finish(query.job(plan, selection, output), most, query.study, selection, loop, found)
+                return replace(result, curves=scored.curves)
             except Oversize as error:
                 spare[error.metric] = spare.get(error.metric, 0) + error.excess
 

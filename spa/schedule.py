@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spa.budget.select import Selection
+from spa.budget.targets import Target
 from spa.cache import Cache
 from spa.cost import Metric
 from spa.errors import UsageError
@@ -71,9 +72,14 @@ class Schedule:
         self._last = step
         return step.score()
 
-    def select(self, scored: Scored, spare: Mapping[Metric, float] | None = None) -> Selection:
-        """What leaves the original, all steps together; see `Study.select`."""
-        last = self._last.select(scored, spare)
+    def select(
+        self,
+        scored: Scored,
+        spare: Mapping[Metric, float] | None = None,
+        targets: Sequence[Target] | None = None,
+    ) -> Selection:
+        """What leaves the original, all steps together; see `Study.select`. `targets` are for one step."""
+        last = self._last.select(scored, spare, targets)
         if self.steps == 1:
             return last
         gone = {name: list(units) for name, units in self._gone.items()}
@@ -84,6 +90,10 @@ class Schedule:
     def compensate(self, kept: Mask, twin: Twin, removed: Removed) -> Fit | None:
         """See `Study.compensate`: from the original's weights towards the original's outputs."""
         return self.study.compensate(kept, twin, removed)
+
+    def adjust(self, kept: Mask, twin: Twin, removed: Removed) -> None:
+        """A draft of `compensate`: in closed form where that refits on the pruned prefix; see `Study.adjust`."""
+        self.study.adjust(kept, twin, removed, draft=True, norms=self.method.recalibrate == "norm")
 
     def _step(self, analysis: Analysis, k: int, cache: Cache) -> Study:
         study = self.study

@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa.calibration import Calibration
-from spa.compensate.closed import refit_readers
 from spa.compensate.pairs import affected
-from spa.compensate.rotation import Mixer, Rotation
+from spa.compensate.rotation import Rotation
 from spa.evidence import Vector
 from spa.executors.front import Front
 from spa.executors.segments import Segments, placed
@@ -26,6 +25,7 @@ from spa.progress import Progress, silent
 from spa.removal import kept_without
 from spa.rewrite import rewritten
 from spa.runtime import fetch
+from spa.stitch import stitch
 
 _FLOATS = {1, 10, 11, 16}
 SHARES = (0.25, 0.6)
@@ -116,10 +116,7 @@ class Trials:
         removed = [(group, units.tolist())]
         kept = kept_without(self.analysis, removed)
         twin = rewritten(self.analysis, kept)
-        if group.name in self.rotations:
-            Mixer(measured, {group.name: self.rotations[group.name]}, kept).write(twin)
-        else:
-            refit_readers(twin, measured, removed)
+        stitch(twin, measured, kept, removed, self.rotations)
         window = self.front.at(start, self.parts.inputs)
         parts = Segments.of(twin.model, measured.setup.provider, measured.setup.threads)
         names = floats(parts)

@@ -34,9 +34,14 @@ from spa.removal import Mask, kept_without
 from spa.rewrite import Twin, rewritten
 from spa.sensitivity import curves, divergence, few, outputs
 from spa.sites import constant_of, exchange
+from spa.stitch import stitch
 
 SAMPLES = 256
 """On which the outputs of the pruned model are compared with the original's."""
+FEW = 64
+"""... where the weights come without any forward pass, and comparing would take longest."""
+LARGEST = 64 << 20
+"""Bytes of the original's outputs that are kept for the next query."""
 
 
 @dataclass(frozen=True)
@@ -134,23 +139,45 @@ class Study:
     def score(self) -> Scored:
         """Importance of every unit of every group."""
         method = self.method
-        criterion = CRITERIA[method.criterion]
-        raw = {g.name: criterion.score(g, self.evidence, method.aggregation) for g in self.groups}
+        raw = self._raw()
         if not method.sensitivity or method.allocation not in ("efficient", "knapsack") or self.measured is None:
             return Scored(normalise(raw, self.groups, method.normalisation), None)
         raw |= {name: rotation.scores(raw[name]) for name, rotation in self.rotations.items()}
         scores = normalise(raw, self.groups, method.normalisation)
         return Scored(scores, curves(self.analysis, self.groups, raw, self.measured, self.rotations, self.progress))
 
+    def _raw(self) -> dict[str, Vector]:
+        """What the criterion says; looked up where that takes a look at samples."""
+        method, criterion = self.method, CRITERIA[self.method.criterion]
+
+        def take() -> dict[str, Vector]:
+            return {g.name: criterion.score(g, self.evidence, method.aggregation) for g in self.groups}
+
+        if self.data is None or criterion.needs == "weights" or not isinstance(self.query.loss, str):
+            return take()
+        groups = [[g.name, g.units] for g in self.groups]
+        request = [criterion.name, method.aggregation, self.query.loss, self.seed, groups]
+        known = self.cache.get("scores", self.data.digest, request)
+        if known is None:
+            found = take()
+            self.cache.put("scores", self.data.digest, request, {str(k): v for k, v in enumerate(found.values())})
+            return found
+        return {g.name: known[str(k)] for k, g in enumerate(self.groups)}
+
     @cached_property
     def rotations(self) -> Mapping[str, Rotation]:
         """Groups whose units are mixed within attention heads when some of them leave."""
-        if self.method.compensate != "obs" or self.measured is None:
+        if self.method.compensate not in ("obs", "stitch") or self.measured is None:
             return {}
         return find_rotations(self.groups, self.measured)
 
-    def select(self, scored: Scored, spare: Mapping[Metric, float] | None = None) -> Selection:
-        """Which units leave.
+    def select(
+        self,
+        scored: Scored,
+        spare: Mapping[Metric, float] | None = None,
+        targets: Sequence[Target] | None = None,
+    ) -> Selection:
+        """Which units leave; `targets` in place of the query's.
 
         Raises:
             TargetError: a target cannot be reached.
@@ -160,7 +187,7 @@ class Study:
             self.analysis,
             self.groups,
             scored.scores,
-            query.targets,
+            query.targets if targets is None else targets,
             allocation=self.method.allocation,
             align=query.align,
             min_keep=query.min_keep,
@@ -186,28 +213,60 @@ class Study:
         method = self.method
         if self.data is None or self.measured is None:
             return None
-        probe = few(self.data, SAMPLES)
-        reference = outputs(self._parts(self.analysis.coupling.model), probe, self.setup.batch)
+        probe, reference = self._reference
         before = self._error(reference, twin, probe)
-        if method.compensate == "bias":
-            shift_means(twin, self.measured, removed)
-        elif method.compensate == "obs-dense":
-            refit_readers(twin, self.measured, removed)
-        elif method.compensate == "obs":
-            mixer = Mixer(self.measured, self.rotations, kept)
-            refit_sites(self.analysis, kept, twin, self.data, self.setup, mixer=mixer, progress=self.progress)
+        self.adjust(kept, twin, removed, norms=method.recalibrate == "norm")
         after = self._error(reference, twin, probe)
-        again = False
-        if method.recalibrate != "none":
+        again = method.recalibrate == "norm"
+        if method.recalibrate == "auto":
             undo = snapshot(twin)
             recalibrate(self.analysis, kept, twin, self.data, self.setup, self.progress)
             new = self._error(reference, twin, probe)
-            again = method.recalibrate == "norm" or new < after
+            again = new < after
             if again:
                 after = new
             else:
                 undo()
         return Fit(self.data.name, self.data.samples, self.data.note, before, after, again)
+
+    def adjust(self, kept: Mask, twin: Twin, removed: Removed, *, draft: bool = False, norms: bool = False) -> None:
+        """The weights of `compensate` alone: no outputs are compared.
+
+        Args:
+            kept: positions that are left.
+            twin: the pruned model.
+            removed: units that left.
+            draft: the closed form (`stitch`) where the method refits on the pruned prefix, which takes long.
+            norms: also re-estimate the norms.
+        """
+        assert self.data is not None
+        assert self.measured is not None
+        how = self.method.compensate
+        if how == "bias":
+            shift_means(twin, self.measured, removed)
+        elif how == "obs-dense":
+            refit_readers(twin, self.measured, removed)
+        elif how == "stitch" or (draft and how == "obs"):
+            stitch(twin, self.measured, kept, removed, self.rotations)
+        elif how == "obs":
+            mixer = Mixer(self.measured, self.rotations, kept)
+            refit_sites(self.analysis, kept, twin, self.data, self.setup, mixer=mixer, progress=self.progress)
+        if norms:
+            recalibrate(self.analysis, kept, twin, self.data, self.setup, self.progress)
+
+    @cached_property
+    def _reference(self) -> tuple[Calibration, list[Vector]]:
+        """Samples on which the pruned model is compared, and the original's outputs there."""
+        assert self.data is not None
+        probe = few(self.data, FEW if self.method.compensate == "stitch" else SAMPLES)
+        request = [self.setup.batch, self.setup.provider, self.setup.threads]
+        known = self.cache.get("outputs", probe.digest, request)
+        if known is not None:
+            return probe, [known[str(k)] for k in range(len(known))]
+        found = outputs(self._parts(self.analysis.coupling.model), probe, self.setup.batch)
+        if sum(array.nbytes for array in found) <= LARGEST:
+            self.cache.put("outputs", probe.digest, request, {str(k): array for k, array in enumerate(found)})
+        return probe, found
 
     def _parts(self, model: ir.Model) -> Segments:
         return Segments.of(model, self.setup.provider, self.setup.threads)

@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"errors", "heap", "progress", "readable", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
-    {"axes", "cache", "inference", "runtime", "shelf", "signature"},
+    {"typed", "axes", "cache", "inference", "runtime", "shelf", "signature"},
     {"external", "feeds", "footprint"},
     {"store", "bench", "calibration"},
-    {"graph"},
-    {"rules"},
+    {"graph", "decisions"},
+    {"rules", "metrics"},
     {"shapes"},
     {"coupling"},
     {"cost", "exactness", "sites"},
@@ -29,14 +29,18 @@ LAYERS = (
     {"criteria", "removal"},
     {"budget", "rewrite"},
     {"compensate", "latency", "methods", "options", "verify"},
+    {"stitch"},
     {"sensitivity"},
     {"study"},
     {"schedule"},
     {"closed_loop"},
     {"finish"},
+    {"prepare"},
+    {"frontier"},
     {"pipeline", "train"},
     {"edge", "implant", "explain"},
     {"report"},
+    {"jobs"},
     {"cli"},
     {"__main__"},
 )
@@ -54,6 +58,8 @@ OPTIONAL = {
     "PIL",
     "tokenizers",
     "yaml",
+    "spa_server",
+    "sqlalchemy",
 }
 LIMIT = 500
 
@@ -107,6 +113,17 @@ def test_the_solver_knows_no_onnx() -> None:
 def test_tests_and_server_are_never_imported() -> None:
     for path in sources("spa"):
         assert not {m.split(".")[0] for m in imported(path)} & {"tests", "server", "benchmarks", "examples"}, path
+
+
+def test_the_server_is_only_known_to_its_commands() -> None:
+    """And there inside of functions: without the packages of the server all other commands work."""
+    for path in sources("spa"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert component(path) == "cli" or not any(m.startswith("spa_server") for m in imported(path)), path
+        for node in tree.body:
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else set()
+            names |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+            assert not any(name.startswith("spa_server") for name in names), path
 
 
 PRUNE = """

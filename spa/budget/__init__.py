@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from spa.budget.select import Selection, select
-from spa.budget.targets import Target, parse_target, parse_targets
+from spa.budget.targets import Goal, Target, parse_request, parse_target, parse_targets
 
-__all__ = ["Selection", "Target", "parse_target", "parse_targets", "select"]
+__all__ = ["Goal", "Selection", "Target", "parse_request", "parse_target", "parse_targets", "select"]

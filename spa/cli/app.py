@@ -11,14 +11,19 @@ from spa.cli.convert import float16, opset, ort, quantize
 from spa.cli.explain import explain
 from spa.cli.export_torch import export_torch
 from spa.cli.finetune import finetune
+from spa.cli.frontier import frontier
 from spa.cli.implant import implant
 from spa.cli.import_weights import import_weights
 from spa.cli.inspect import inspect
 from spa.cli.methods import methods
+from spa.cli.pick import pick
 from spa.cli.profile import profile
 from spa.cli.prune import apply, prune, verify
+from spa.cli.remote import app as remote
 from spa.cli.rules import rules
 from spa.cli.run import run
+from spa.cli.serve import serve
+from spa.cli.token import app as token
 from spa.version import __version__
 
 _STATUSES = (
@@ -40,6 +45,8 @@ _COMMANDS = (
     prune,
     apply,
     verify,
+    frontier,
+    pick,
     implant,
     finetune,
     export_torch,
@@ -53,9 +60,12 @@ _COMMANDS = (
     bench,
     rules,
     methods,
+    serve,
 )
 for command in _COMMANDS:
     app.command(epilog=_STATUSES)(command)
+for group in (remote, token):
+    app.add_typer(group, epilog=_STATUSES)
 
 
 def _version(wanted: bool) -> None:

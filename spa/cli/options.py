@@ -65,6 +65,15 @@ Normalised: TypeAlias = Annotated[
         show_default="the method's",
     ),
 ]
+Server: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="HOST:PORT",
+        help="Let this server do it: see `spa serve` and `spa remote`.",
+        show_default=False,
+    ),
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and no progress.")]
 Verbose: TypeAlias = Annotated[
     bool, typer.Option("--verbose", help="Whole tables, warnings of libraries, tracebacks of internal errors.")

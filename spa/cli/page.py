@@ -14,7 +14,7 @@ from spa.progress import Progress
 
 if TYPE_CHECKING:
     from spa.pipeline import Result
-    from spa.report import Speed
+    from spa.report.data import Frontier, Speed
     from spa.runtime import Provider
 
 
@@ -36,6 +36,7 @@ def write_page(
     inputs: Path | None,
     seed: int,
     progress: Progress,
+    frontier: Frontier | None = None,
 ) -> None:
     """Measure what the page needs and write it.
 
@@ -52,8 +53,10 @@ def write_page(
         inputs: an .npz file of inputs.
         seed: of made-up inputs.
         progress: told how far the measurement is (`latency`).
+        frontier: other models that are known; by default those of a search for a metric target.
     """
     from spa.report import gather, render
+    from spa.report.family import searched
     from spa.report.speed import measure
 
     speed: Speed | None = None
@@ -72,5 +75,6 @@ def write_page(
             )
         except SpaError as error:
             reason = str(error).rstrip(".")
-    page = gather(result, model=str(model), command=command, speed=speed, unmeasured=reason)
+    frontier = frontier or searched(result)
+    page = gather(result, model=str(model), command=command, frontier=frontier, speed=speed, unmeasured=reason)
     write(render(page))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -11,6 +12,7 @@ import typer
 from spa.cli import implant as implants
 from spa.cli import output
 from spa.cli.latency import attempts, headline
+from spa.cli.metric import held_lines, show_reached
 from spa.cli.options import (
     Batch,
     Dims,
@@ -28,6 +30,7 @@ from spa.cli.options import (
     Samples,
     SamplesProvider,
     Seed,
+    Server,
     Tokenizer,
     Verbose,
     check_output,
@@ -36,6 +39,30 @@ from spa.cli.options import (
     text_file,
 )
 from spa.cli.page import command_line, write_page
+from spa.cli.query import (
+    Aggregated,
+    Alignment,
+    Allocated,
+    CacheFolder,
+    CalibrationSource,
+    Compensated,
+    CriterionName,
+    Evaluated,
+    Ignored,
+    Kinds,
+    LatencyBatch,
+    LatencyTable,
+    LatencyThreads,
+    LossName,
+    MethodName,
+    MetricName,
+    Minimised,
+    MinKept,
+    NoCache,
+    Recalibrated,
+    ScopeName,
+    Steps,
+)
 from spa.errors import UsageError, VerifyError
 
 if TYPE_CHECKING:
@@ -59,100 +86,41 @@ def prune(
         typer.Option(
             "--target",
             metavar="METRIC=LIMIT",
-            help="At most: macs=0.6 (of the original), macs=2.0G, params=50%, size=10MB, latency=5ms; repeatable.",
+            help="At most: macs=0.6 (of the original), macs=2.0G, params=50%, size=10MB, latency=5ms; or the smallest "
+            "model with top1-drop=0.01; repeatable.",
             show_default=False,
         ),
     ],
-    method: Annotated[
-        str | None,
-        typer.Option(
-            help="Published method: obspa, vbp, flap, ob2c, spa-l1 ... (`spa methods` lists all), or auto.",
-            show_default=False,
-        ),
-    ] = None,
-    criterion: Annotated[
-        str | None,
-        typer.Option(help="How units are scored: l2, l1, bn-scale, obspa, variance ...", show_default="the method's"),
-    ] = None,
-    aggregation: Annotated[
-        Literal["sum", "mean", "max"] | None,
-        typer.Option(help="How the scores of a unit's members are joined.", show_default="the method's"),
-    ] = None,
+    minimise: Minimised = None,
+    metric: MetricName = None,
+    evaluate: Evaluated = None,
+    method: MethodName = None,
+    criterion: CriterionName = None,
+    aggregation: Aggregated = None,
     normalisation: Normalised = None,
-    allocation: Annotated[
-        Literal["global", "uniform", "efficient", "knapsack"] | None,
-        typer.Option(
-            help="Rank all units together, take the same share of each group, least loss per cost, or least loss.",
-            show_default="the method's",
-        ),
-    ] = None,
-    compensate: Annotated[
-        Literal["none", "bias", "obs", "obs-dense"] | None,
-        typer.Option(help="What is done to the weights that stay.", show_default="the method's"),
-    ] = None,
-    recalibrate: Annotated[
-        Literal["none", "norm", "auto"] | None,
-        typer.Option(help="Re-estimate norm statistics; auto keeps that if it helps.", show_default="the method's"),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH|none|noise|bn",
-            help="Samples: .npz, folder of images, .jsonl or .txt; none makes inputs up.",
-            show_default=False,
-        ),
-    ] = None,
+    allocation: Allocated = None,
+    compensate: Compensated = None,
+    recalibrate: Recalibrated = None,
+    calibration: CalibrationSource = None,
     samples: Samples = None,
     batch: Batch = 32,
     preprocess: Preprocess = None,
     tokenizer: Tokenizer = None,
     max_length: MaxLength = None,
-    loss: Annotated[
-        Literal["auto", "ce", "sampled", "gaussian", "lm"],
-        typer.Option(help="What gradients are taken of: labels of the samples, or none needed (sampled, gaussian)."),
-    ] = "auto",
+    loss: LossName = "auto",
     memory: Memory = "4GB",
     provider: SamplesProvider = "cpu",
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep measurements for further queries.", show_default="the user's cache folder"
-        ),
-    ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no measurements.")] = False,
-    steps: Annotated[int, typer.Option(metavar="N", help="Prune in steps, and score again after each.", min=1)] = 1,
-    latency_table: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="TABLE.json",
-            help="Made by `spa profile`, for latency and widths.",
-            show_default="measured if needed",
-        ),
-    ] = None,
-    threads: Annotated[
-        int, typer.Option(metavar="N", help="Inside one operator, for latency; 0: ONNX Runtime's choice.", min=0)
-    ] = 0,
-    batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Of the inputs, for latency.", min=1, show_default="1")
-    ] = None,
-    scope: Annotated[
-        Literal["exact", "all"],
-        typer.Option(help="Only units that leave exactly, or also those that meet a statistic."),
-    ] = "exact",
-    kinds: Annotated[
-        list[str] | None, typer.Option(metavar="KIND,...", help="Only these kinds: channel, head, neuron ...")
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave groups alone whose name, tensors or nodes match; repeatable."),
-    ] = None,
-    align: Annotated[
-        str,
-        typer.Option(metavar="auto|N", help="Units kept per group are a multiple of this; auto: what kernels like."),
-    ] = "auto",
-    min_keep: Annotated[
-        str, typer.Option(metavar="N", help="Units kept per group at least: 4, 10%, or head=2,channel=8.")
-    ] = "auto",
+    cache: CacheFolder = None,
+    no_cache: NoCache = False,
+    steps: Steps = 1,
+    latency_table: LatencyTable = None,
+    threads: LatencyThreads = 0,
+    batch_size: LatencyBatch = None,
+    scope: ScopeName = "exact",
+    kinds: Kinds = None,
+    ignore: Ignored = None,
+    align: Alignment = "auto",
+    min_keep: MinKept = "auto",
     seed: Seed = 0,
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Write the plan there, for `spa apply` and `spa verify`.")
@@ -162,19 +130,30 @@ def prune(
     dim: Dims = None,
     inputs: Inputs = None,
     no_verify: NoVerify = False,
+    server: Server = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Prune a model until it meets its targets, prove that the surgery is exact, compensate, and write it."""
     from spa.cache import default_folder
-    from spa.pipeline import prune as run
+    from spa.pipeline import prune as here
     from spa.runtime import check_installation
 
     check_output(model, out, inputs)
+    run: Callable[..., Result] = here
     if not no_verify:
         output.warn(check_installation())
     if no_latency and report is None:
         raise UsageError("--no-latency is about the page of --report: give --report PAGE.html, or leave it out")
+    if server is not None:
+        from spa.cli.remote import far
+
+        run = far(server, analysis=report is not None, quiet=json)
+    held: dict[str, Any] = {
+        k: v for k, v in {"minimise": minimise, "metric": metric, "evaluate": evaluate}.items() if v is not None
+    }
+    if server is None and not json:
+        held["reached"] = show_reached
     taken = (model, out, *filter(None, (plan, inputs)))
     with (
         text_file(plan, model, out) as write,
@@ -209,13 +188,14 @@ def prune(
             scope=scope,
             kinds=read_list(kinds),
             ignore=ignore or (),
-            align=_align(align),
+            align=read_align(align),
             min_keep=min_keep,
             seed=seed,
             dims=read_dims(dim),
             inputs=inputs,
             check=not no_verify,
             progress=progress,
+            **held,
         )
         write(result.plan.to_json())
         if report is not None:
@@ -232,9 +212,9 @@ def prune(
                 progress=progress,
             )
     if json:
-        output.emit({**_json(result, plan), "page": None if report is None else str(report)})
+        output.emit({**summary(result, plan), "page": None if report is None else str(report)})
         return
-    _show(result, model, verbose)
+    show(result, model, verbose)
     if plan is not None:
         output.console().print(f"plan: {plan}", soft_wrap=True)
     if report is not None:
@@ -263,9 +243,9 @@ def apply(
             model, plan, output=out, dims=read_dims(dim), inputs=inputs, check=not no_verify, progress=progress
         )
     if json:
-        output.emit(_json(result, plan))
+        output.emit(summary(result, plan))
     else:
-        _show(result, model, verbose)
+        show(result, model, verbose)
 
 
 def verify(
@@ -311,7 +291,12 @@ def _changed(found: Verification, pruned: Path, plan: Path) -> str:
     )
 
 
-def _align(text: str) -> int | Literal["auto"]:
+def read_align(text: str) -> int | Literal["auto"]:
+    """`auto` or a number.
+
+    Raises:
+        UsageError: it is neither.
+    """
     if text == "auto":
         return "auto"
     if not text.isdecimal():
@@ -325,7 +310,8 @@ def _verification(found: Verification) -> dict[str, Any]:
     return asdict(found)
 
 
-def _json(result: Result, plan: Path | None) -> dict[str, Any]:
+def summary(result: Result, plan: Path | None) -> dict[str, Any]:
+    """As `--json` prints it."""
     return {
         **result.report.to_json(),
         "output": str(result.output),
@@ -333,7 +319,8 @@ def _json(result: Result, plan: Path | None) -> dict[str, Any]:
     }
 
 
-def _show(result: Result, model: Path, verbose: bool) -> None:
+def show(result: Result, model: Path, verbose: bool) -> None:
+    """What a run did, as tables."""
     screen = output.console()
     report = result.report
     screen.print(headline(report.latency), soft_wrap=True)
@@ -376,6 +363,9 @@ def _show(result: Result, model: Path, verbose: bool) -> None:
     screen.print()
     proof = "not verified" if report.verify is None else _proof(report.verify)
     screen.print(proof, soft_wrap=True)
+    if report.metric is not None:
+        for line in held_lines(report.metric):
+            screen.print(line, soft_wrap=True)
     if report.fit is not None:
         screen.print(_fit(report.method, report.fit), soft_wrap=True)
     screen.print("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report.seconds.items() if v))

@@ -18,16 +18,16 @@ _Values = Callable[[NDArray[np.float64], NDArray[np.float64]], NDArray[np.float6
 
 
 def _summed(
-    measured: Callable[[Gradients], Mapping[str, NDArray[np.float64]]], score: _Values
+    measured: Callable[[Gradients], Mapping[str, NDArray[np.float64]]], score: _Values, *, made: bool = False
 ) -> Callable[[Group, Evidence], Sequence[Vector]]:
-    """Per member the sum of its weights' scores over each unit's slice."""
+    """Per member the sum of its weights' scores over each unit's slice; `made`: in the matrices that make it only."""
 
     def members(group: Group, evidence: Evidence) -> Sequence[Vector]:
         found = measured(evidence.gradients)
         rows = []
         for member in group.members:
             numbers = found.get(member.value.name or "")
-            if numbers is not None:
+            if numbers is not None and (not made or (member.role == "out" and member.rank >= 2)):
                 weight = evidence.analysis.coupling.weights[member.value].numpy().astype(np.float64)
                 others = tuple(a for a in range(weight.ndim) if a != member.axis)
                 rows.append(evidence.per_unit(group, member, score(weight, numbers).sum(axis=others)))
@@ -62,6 +62,8 @@ _sensitivity = _summed(lambda g: g.weights, lambda w, g: np.abs(w * g))
 WEIGHT_GRADIENTS = (
     Criterion("taylor-weights", "sum |w dL/dw| of a unit's slices (GroupTaylor, arXiv 2301.12900)",
               _sensitivity, "gradients"),
+    Criterion("taylor-filters", "sum |w dL/dw| of a unit's output slices (Knapsack Pruning, arXiv 2002.08258)",
+              _summed(lambda g: g.weights, lambda w, g: np.abs(w * g), made=True), "gradients"),
     Criterion("hap-weights", "Tr(H) / n ||w||^2 / 2 of a unit's output slices (HAP, arXiv 2101.08940, as in its code)",
               _hap, "gradients"),
     Criterion("snip", "sum |w dL/dw| before training (SNIP, arXiv 1810.02340)",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from spa.calibration import Calibration
 from spa.calibration.data import is_float
+from spa.decisions import class_output, decisions
 from spa.errors import RuntimeFailure, UsageError
 from spa.progress import Progress, silent
 from spa.runtime import Provider, Session, open_session, run
@@ -25,8 +26,6 @@ Metric = Callable[[Mapping[str, Array], NDArray[np.int64] | None], float]
 Pair = tuple[float | None, float | None]
 """Before and after."""
 
-_CLASSES_LAST = 3
-"""Up to this rank classes are the last axis, from the next one on the second."""
 _TYPES: Mapping[str, np.dtype[Any]] = {
     "tensor(float16)": np.dtype(np.float16),
     "tensor(float)": np.dtype(np.float32),
@@ -121,25 +120,6 @@ def _run(session: Session, path: Path, batch: Mapping[str, Array]) -> dict[str, 
         raise RuntimeFailure(f"{path.name}: {error}") from error
 
 
-def class_output(outputs: Mapping[str, Array]) -> str | None:
-    """The output that holds scores of classes: named so, or the only one where that may be.
-
-    The same reading as `spa.train`: a matrix or three axes, more than one score, and not called an embedding.
-    """
-    scores = {n: y for n, y in outputs.items() if is_float(y.dtype) and y.ndim >= 2}
-    named = [n for n in scores if "logit" in n.lower()]
-    if len(named) == 1:
-        return named[0]
-    if len(outputs) != 1:
-        return None
-    single = [n for n, y in scores.items() if y.ndim <= _CLASSES_LAST and y.shape[-1] > 1 and "embed" not in n.lower()]
-    return single[0] if single else None
-
-
-def _decisions(y: Array) -> NDArray[np.int64]:
-    return np.asarray(np.argmax(y, axis=-1 if y.ndim <= _CLASSES_LAST else 1), dtype=np.int64)
-
-
 @dataclass
 class _Sums:
     """What is added up over batches."""
@@ -165,7 +145,7 @@ class _Sums:
         if scores is None or scores not in b or a[scores].shape != b[scores].shape:
             self.undecided = True
         else:
-            self.decided.append((_decisions(a[scores]), _decisions(b[scores])))
+            self.decided.append((decisions(a[scores]), decisions(b[scores])))
 
     def _output(self, name: str, x: Array, y: Array | None) -> None:
         self.largest.setdefault(name, 0.0)
