@@ -110,18 +110,20 @@ _SPEED = 0.75
 """Of a Gram matrix relative to a convolution with as many multiplications, about."""
 
 
-def sample(site: Site, positions: int, samples: int, *, least: int = 20) -> NDArray[np.int64]:
+def sample(site: Site, positions: int, samples: int, *, least: int = 20, most: int = 1000) -> NDArray[np.int64]:
     """Output positions that are looked at: the same for all samples, chosen by the name of the input.
 
     As many as make the moments cost what the operator costs itself; more if it takes more to have `least` rows per
     column over all samples, but then at most twice that cost, unless it is next to nothing. Never fewer than give a
-    row for every four columns.
+    row for every four columns, and no more than give `most` per column: a fit of d columns to N rows loses d / N of
+    the variance to noise, and from there on only more samples help.
     """
     affordable = _SPEED * positions * site.rows / site.columns
     needed = least * site.columns / max(samples, 1)
     cheap = _CHEAP / (max(samples, 1) * site.groups * site.columns**2)
     fewest = math.ceil(site.columns / (4 * max(samples, 1)))
-    count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), fewest), positions))
+    enough = math.ceil(most * site.columns / max(samples, 1))
+    count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), fewest), enough, positions))
     if count == positions:
         return np.arange(positions)
     rng = np.random.default_rng(zlib.crc32((site.data.name or "").encode()))
