@@ -3,6 +3,7 @@
 #   make demo    train two small networks, prune them, print what it cost and what it gained
 #   make test    run the tests
 #   make check   lint, formatting, types
+#   make proto   write the Python code of the protos again
 #   make clean   remove .venv, caches and the demo's models
 #
 # The first call makes .venv and installs into it; later ones only do so when pyproject.toml or constraints.txt change.
@@ -33,6 +34,7 @@ check: $(VENV)/.dev
 # The Python code of the protos.
 proto: $(VENV)/.test $(VENV)/proto
 	$(BIN)/python proto/generate.py
+	$(BIN)/python proto/inference/generate.py
 
 fix: $(VENV)/.dev
 	$(BIN)/python -m ruff check --fix .

@@ -208,8 +208,8 @@ def greedy(consumers: Sequence[Consumer], *, steps: int = 256) -> Elimination:
 
 def one_shot(consumers: Sequence[Consumer]) -> Array:
     """The loss of each unit if it alone left, [units]."""
-    units = np.arange(len(consumers[0].columns))
-    return np.asarray(np.sum([_State(c).scores(units) for c in consumers], axis=0))
+    alone = [c.importance * _block_scores(c.rows, c.columns, _blocks(c.inverse, c.columns)) for c in consumers]
+    return np.asarray(np.sum(alone, axis=0))
 
 
 def swapped(consumers: Sequence[Consumer], removed: Index, *, rounds: int = 12) -> Index:
@@ -222,8 +222,9 @@ def swapped(consumers: Sequence[Consumer], removed: Index, *, rounds: int = 12) 
     if not len(removed) or len(removed) == units:
         return np.sort(removed)
     starts = [np.sort(removed), np.sort(np.argsort(one_shot(consumers), kind="stable")[: len(removed)])]
-    best, current = min(((loss_of(consumers, start), start) for start in starts), key=lambda pair: pair[0])
-    out = [_Out(c, current) for c in consumers]
+    begun = [[_Out(c, start) for c in consumers] for start in starts]
+    best, k = min((sum(o.loss for o in row), k) for k, row in enumerate(begun))
+    current, out = starts[k], begun[k]
     for _ in range(rounds):
         kept = np.setdiff1d(np.arange(units), current)
         gains, costs = (np.sum(parts, axis=0) for parts in zip(*(o.changes(current, kept) for o in out), strict=True))

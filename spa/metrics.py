@@ -73,6 +73,10 @@ class Drop:
     """Standard error of the drop over the samples (paired); None where a metric gives no number per sample."""
     samples: int
 
+    def within(self, limit: float) -> bool:
+        """Whether it is at most `limit`, up to rounding: 0.8 - 0.75 is 0.05."""
+        return self.drop <= limit + 1e-9 * max(abs(self.before), abs(limit))
+
 
 def drop_of(metric: Metric, dense: Vector, pruned: Vector) -> Drop:
     """Compare two models by their rows, [samples] each.

@@ -79,6 +79,14 @@ def test_lower_is_better_the_other_way_round() -> None:
     assert drop_of(METRICS["top1"], np.ones(1), np.ones(1)).error is None
 
 
+def test_a_limit_that_is_just_kept_to() -> None:
+    """0.8 - 0.75 is more than 0.05 in binary; one sample more is too much."""
+    dense = (np.arange(100) < 80).astype(float)
+    assert 0.8 - 0.75 > 0.05
+    assert drop_of(METRICS["top1"], dense, (np.arange(100) < 75).astype(float)).within(0.05)
+    assert not drop_of(METRICS["top1"], dense, (np.arange(100) < 74).astype(float)).within(0.05)
+
+
 # -- targets -----------------------------------------------------------------------------------------------------------
 
 

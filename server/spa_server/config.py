@@ -328,10 +328,10 @@ def _check(config: Config, where: str) -> None:
             raise UsageError(f"{where}: tls: {file} does not exist")
     if config.metrics.listen is not None:
         listener(config.metrics.listen)
-    if not place.loopback and not config.insecure and not (config.secure and config.tokens):
-        missing = " and ".join(
-            [*([] if config.secure else ["TLS (tls: certificate, key)"]), *([] if config.tokens else ["tokens (auth)"])]
-        )
+    known = config.tokens or tls.client_ca is not None
+    if not place.loopback and not config.insecure and not (config.secure and known):
+        wanted = {"TLS (tls: certificate, key)": config.secure, "tokens (auth) or certificates of clients": known}
+        missing = " and ".join(what for what, there in wanted.items() if not there)
         raise UsageError(
             f"{where}: listening on {config.listen}, beyond this machine, needs {missing}; "
             "or say `insecure: true` if the network is trusted"

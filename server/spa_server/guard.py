@@ -85,6 +85,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no an
     @asynccontextmanager
     async def _visit(self, method: str, request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         start, caller, code = time.monotonic(), None, "OK"
+        peer = context.peer()  # asked at the end, when the caller may be gone, grpc would crash (1.85)
         self._now += 1
         try:
             with self._watcher.span(method, context):
@@ -107,7 +108,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no an
             taken = time.monotonic() - start
             self._watcher.request(method, code, taken)
             if self._scopes.get(method) not in ("infer", OPEN):
-                self._note(method, request, context, caller, code, taken)
+                self._note(method, request, peer, caller, code, taken)
 
     async def _admit(self, method: str, context: grpc.aio.ServicerContext) -> Caller | None:
         if method.startswith(_PUBLIC):
@@ -128,7 +129,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no an
         self,
         method: str,
         request: Any,
-        context: grpc.aio.ServicerContext,
+        peer: str,
         caller: Caller | None,
         code: str,
         taken: float,
@@ -138,7 +139,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no an
         self._audit.write(
             owner=None if caller is None else caller.owner,
             token=None if caller is None else caller.token or None,
-            peer=context.peer(),
+            peer=peer,
             method=method,
             code=code,
             seconds=round(taken, 4),

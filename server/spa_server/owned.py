@@ -1,7 +1,7 @@
 """Models of the database as the inference service looks for them.
 
-A model is known there by its id, behind the folder name of its owner. Its version `1` is what was uploaded; what jobs made
-of it are further versions, named by the ids of the jobs.
+A model is known there by its id, behind the folder name of its owner. Its version `1` is what was uploaded; what jobs
+made of it are further versions, named by the ids of the jobs.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -139,13 +139,14 @@ class Incoming:
                 while piece := old.read(PIECE):
                     self._hash.update(piece)
 
-    def write(self, data: bytes) -> None:
+    def write(self, pieces: Iterable[bytes]) -> None:
         """Add bytes. Raises: Refusal if there are more than was said."""
-        if self._have + len(data) > self._size:
-            raise invalid("data", f"data: more than the {self._size} bytes that the header said")
-        self._file.write(data)
-        self._hash.update(data)
-        self._have += len(data)
+        for data in pieces:
+            if self._have + len(data) > self._size:
+                raise invalid("data", f"data: more than the {self._size} bytes that the header said")
+            self._file.write(data)
+            self._hash.update(data)
+            self._have += len(data)
 
     def finish(self) -> None:
         """All bytes are there: check and store them. Raises: Refusal if they are not, or are other ones."""

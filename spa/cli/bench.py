@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from spa.cli import output
-from spa.cli.options import Dims, Inputs, Json, Seed, Verbose, read_dims
+from spa.cli.options import Dims, Inputs, Json, Seed, Server, Verbose, read_dims
+
+if TYPE_CHECKING:
+    from spa.bench import BenchReport
 
 
 def bench(
@@ -33,14 +36,20 @@ def bench(
     seed: Seed = 0,
     dim: Dims = None,
     inputs: Inputs = None,
+    server: Server = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure latency, throughput and memory in ONNX Runtime: models take turns in one process, on the same inputs."""
-    from spa.bench import bench as run
+    from spa.bench import bench as here
     from spa.bench import report_table
     from spa.runtime import check_installation
 
+    run: Callable[..., BenchReport] = here
+    if server is not None:
+        from spa.cli.remote import measured_far
+
+        run = measured_far(server)
     output.warn(check_installation())
     with output.rounds("rounds", quiet=json) as progress:
         report = run(

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def show_reached(point: Reached) -> None:
     """One line about a model of a search, as soon as it was measured."""
     kept = "keeps to the target" if point.met else "does not"
-    how = "draft" if point.draft else "refit"
+    how = ", draft" if point.draft else ""
     macs = output.count(round(point.costs["macs"]))
     size = output.size(round(point.costs["bytes"]))
     output.console().print(
-        f"at {point.share:.3f} ({macs} MACs, {size}, {how}): {dropped(point.drop)}: {kept}", soft_wrap=True
+        f"at {point.share:.3f} ({macs} MACs, {size}{how}): {dropped(point.drop)}: {kept}", soft_wrap=True
     )
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spa.cli import output
-from spa.cli import prune as local
+from spa.cli.bench import bench
 from spa.cli.extra import server_extra
 from spa.cli.options import Json, Server
+from spa.cli.prune import prune
 
 if TYPE_CHECKING:
+    from spa.bench import BenchReport
     from spa.pipeline import Result
     from spa_server.client import Client
 
@@ -84,17 +86,43 @@ def push(
         output.console().print(name, soft_wrap=True)
 
 
-@functools.wraps(local.prune)
-def prune(*arguments: Any, **options: Any) -> None:
-    """As `spa prune`, done by the server that `spa remote login` remembers."""
+def _there(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, with the same options, done by the server that `spa remote login` remembers."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        with server_extra():
+            from spa_server.client.login import find
+
+        options["server"] = find(options["server"]).server
+        command(*arguments, **options)
+
+    return run
+
+
+app.command()(_there(prune))
+app.command()(_there(bench))
+
+
+@app.command()
+def submit(
+    spec: Annotated[
+        Path,
+        typer.Argument(
+            metavar="JOB.yaml", help="`kind`, and the options of that kind; files are sent.", show_default=False
+        ),
+    ],
+    server: Server = None,
+    json: Json = False,
+) -> None:
+    """Start a job of any kind: inspect, prune, frontier, finetune, profile, benchmark."""
     with server_extra():
-        from spa_server.client.login import find
+        from spa_server.client.work import pushed, read_spec
 
-    options["server"] = find(options["server"]).server
-    local.prune(*arguments, **options)
-
-
-app.command()(prune)
+    read = read_spec(spec)
+    with connected(server) as client, output.stages(quiet=json) as progress:
+        name = client.submit(pushed(client, read, progress)).name
+    output.emit({"job": name}) if json else output.console().print(name, soft_wrap=True)
 
 
 @app.command()
@@ -212,5 +240,17 @@ def far(server: str, *, analysis: bool, quiet: bool) -> Callable[..., Result]:
         with connected(server) as client:
             result = work(client, model, told=told, **options)
         return replace(result, analysis=analyze(model, dims=options.get("dims"))) if analysis else result
+
+    return run
+
+
+def measured_far(server: str) -> Callable[..., BenchReport]:
+    """A function that takes what `spa.bench` takes, and lets a server measure."""
+    with server_extra():
+        from spa_server.client.work import bench as work
+
+    def run(models: Sequence[Path], names: Sequence[str], **options: Any) -> BenchReport:
+        with connected(server) as client:
+            return work(client, models, names, **options)
 
     return run

@@ -114,7 +114,7 @@ def choose(family: Family, target: str | list[str] | None, index: int | None) ->
             raise TargetError(_nearest(family, limits))
         return min(fits, key=lambda p: (p.drop.drop, p.index)), None
     limit = _limit(family, goal)
-    good = [p for p in fits if p.drop.drop <= limit]
+    good = [p for p in fits if p.drop.within(limit)]
     if not good:
         least = min(p.drop.drop for p in fits or family.points)
         raise TargetError(f"no point of {family.folder} keeps to {goal.text}: the smallest drop there is {least:.4g}")
@@ -194,7 +194,7 @@ def _made(
     drop = judge_of(query, what)(twin.model)
     draft = query.study.method.compensate == "stitch"
     limit = float("inf") if goal is None else _limit(family, goal)
-    reached = Reached(point.share, point.costs, drop, draft, drop.drop <= limit)
+    reached = Reached(point.share, point.costs, drop, draft, drop.within(limit))
     text = f"point {point.index}" if goal is None else goal.text
     held = Held(text, limit, drop, query.held.name, family.minimised, (reached,))
     settings = {**plan.settings, **query.study.method.settings()}

@@ -160,11 +160,13 @@ def _described(
     options, held, data = query.options, query.held, query.data
     assert held is not None
     plain = Options()
-    chosen_ = {
+    given = {
         f.name: _text(value)
         for f in fields(Options)
         if (value := getattr(options, f.name)) != getattr(plain, f.name) and f.name != "calibration"
     }
+    if options.method == "auto":
+        given["method"] = query.study.method.name  # `spa pick` need not compare methods again
     calibration = {
         "source": _place(options.calibration),
         "evaluate": _place(evaluate),
@@ -175,7 +177,7 @@ def _described(
         "held_samples": held.samples,
         "held_sha256": held.digest,
     }
-    decides = {k: v for k, v in chosen_.items() if k not in _PLACE}
+    decides = {k: v for k, v in given.items() if k not in _PLACE}
     digests = [query.graph.sha256, calibration["sha256"], calibration["held_sha256"]]
     asked = [__version__, digests, decides, judge.name, minimise, refit, query.study.method.settings()]
     table = query.loop.table.key if query.loop is not None else None
@@ -193,7 +195,7 @@ def _described(
         before=judge.before,
         method=query.study.method.name,
         calibration=calibration,
-        options=chosen_,
+        options=given,
         request=hashlib.sha256(text.encode()).hexdigest(),
         shares=tuple(shares),
     )

@@ -171,7 +171,7 @@ class Search:
         known = self._known.get(key)
         if known is None:
             known = made(self.query, self.judge, selection, share, draft=draft)
-            met = known.reached.drop.drop <= self.limit
+            met = known.reached.drop.within(self.limit)
             known = replace(known, reached=replace(known.reached, met=met))
             self._known[key] = known
             self.points.append(known.reached)

@@ -5,11 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spa.jobs.events import Cancelled, Emit, JobCancelled, MetricEvent, StageEvent
-from spa.jobs.spec import BenchmarkSpec, FinetuneSpec, InspectSpec, JobSpec, ProfileSpec, PruneSpec, references
+from spa.jobs.spec import (
+    BenchmarkSpec,
+    FinetuneSpec,
+    FrontierSpec,
+    InspectSpec,
+    JobSpec,
+    ProfileSpec,
+    PruneSpec,
+    references,
+)
 from spa.jobs.store import Store
 from spa.progress import Progress
 
@@ -24,7 +34,8 @@ def run(spec: JobSpec, store: Store, emit: Emit, cancelled: Cancelled) -> None:
     """Do what a spec says, and leave the results in `store.output`.
 
     Each kind leaves `report.json`, which holds what the command line prints with `--json`; a prune job also its model
-    and `plan.json`, a finetune job its model, a profile job `table.json`; with `page` there is `page.html`.
+    and `plan.json`, a frontier job what `spa frontier` leaves in its folder, a finetune job its model, a profile job
+    `table.json`; with `page` there is a page for a browser.
 
     Args:
         spec: what to do.
@@ -48,6 +59,8 @@ def run(spec: JobSpec, store: Store, emit: Emit, cancelled: Cancelled) -> None:
             report = _inspect(spec, store, progress)
         case PruneSpec():
             report = _prune(spec, store, progress)
+        case FrontierSpec():
+            report = _frontier(spec, store, progress)
         case FinetuneSpec():
             report = _finetune(spec, store, progress, emit)
         case ProfileSpec():
@@ -60,11 +73,13 @@ def run(spec: JobSpec, store: Store, emit: Emit, cancelled: Cancelled) -> None:
 def _options(spec: JobSpec, store: Store, *own: str) -> dict[str, Any]:
     """The fields that were set, except for `own`, as arguments: references are the files they stand for."""
     named = dict(references(spec))
-    out = {}
+    out: dict[str, Any] = {}
     for item in dataclasses.fields(spec):
         value = getattr(spec, item.name)
         if item.name not in own and value not in (None, ()):
             out[item.name] = store.path(value) if item.name in named else value
+    if out.get("align", "auto") != "auto":
+        out["align"] = int(out["align"])
     return out
 
 
@@ -86,8 +101,6 @@ def _prune(spec: PruneSpec, store: Store, progress: Progress) -> dict[str, Any]:
     from spa.pipeline import prune
 
     options = _options(spec, store, "model", "target", "output_name", "page")
-    if spec.align is not None and spec.align != "auto":
-        options["align"] = int(spec.align)
     result = prune(
         store.path(spec.model),
         target=spec.target,
@@ -122,6 +135,22 @@ def _page(spec: PruneSpec, store: Store, result: Result, progress: Progress) -> 
     except SpaError as error:
         reason = str(error).rstrip(".")
     return render(gather(result, model=path.name, command="", speed=speed, unmeasured=reason))
+
+
+def _frontier(spec: FrontierSpec, store: Store, progress: Progress) -> dict[str, Any]:
+    """Made in the work folder, where a second attempt goes on, and copied from there."""
+    from spa.frontier.index import PAGE
+    from spa.frontier.run import frontier
+    from spa.report.family import render
+
+    folder = store.work / "family"
+    folder.mkdir(exist_ok=True)
+    options = _options(spec, store, "model", "page")
+    family = frontier(store.path(spec.model), output=folder, cache=store.cache, progress=progress, **options)
+    shutil.copytree(folder, store.output, dirs_exist_ok=True)
+    if spec.page:
+        (store.output / PAGE).write_text(render(family, ""), encoding="utf-8")
+    return {**family.to_json(), "folder": "."}
 
 
 def _finetune(spec: FinetuneSpec, store: Store, progress: Progress, emit: Emit) -> dict[str, Any]:
@@ -176,7 +205,9 @@ def _benchmark(spec: BenchmarkSpec, store: Store, progress: Progress) -> dict[st
     from spa.bench import bench
 
     paths = [store.path(name) for name in spec.models]
-    names = [f"{path.name} ({name})" for path, name in zip(paths, spec.models, strict=True)]
+    names = [
+        f"{number}: {path.name} ({name})" for number, (path, name) in enumerate(zip(paths, spec.models, strict=True))
+    ]
     tell: Callable[[int, int], None] = lambda done, total: progress("bench", done, total)  # noqa: E731  # a callback
     return bench(paths, names, progress=tell, **_options(spec, store, "models")).to_json()
 

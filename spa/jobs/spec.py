@@ -20,6 +20,7 @@ __all__ = [
     "KINDS",
     "BenchmarkSpec",
     "FinetuneSpec",
+    "FrontierSpec",
     "InspectSpec",
     "JobSpec",
     "ProfileSpec",
@@ -58,17 +59,10 @@ class InspectSpec:
     """Also draw what is coupled with what, as a page for a browser."""
 
 
-@dataclass(frozen=True)
-class PruneSpec:
-    """Prune a model until it meets its targets, prove that the surgery is exact, and compensate."""
+@dataclass(frozen=True, kw_only=True)
+class _Query:
+    """How units are scored, chosen and compensated, on what."""
 
-    kind: ClassVar[str] = "prune"
-    model: str = field(metadata=_NEEDED)
-    """The model."""
-    target: tuple[str, ...]
-    """At most: macs=0.6 (of the original), params=50%, size=10MB, latency=5ms; all are met."""
-    output_name: str = "model.onnx"
-    """Name of the file that is written; external data are beside it as `{output_name}.data`."""
     method: str | None = None
     """Published method, or `auto`."""
     criterion: str | None = None
@@ -101,8 +95,6 @@ class PruneSpec:
     """What measurements may take, such as 4GB."""
     provider: Provider | None = None
     """Where samples are run, and latency is measured."""
-    steps: int | None = None
-    """Prune in so many steps, and score again after each."""
     latency_table: str | None = _given()
     """Table of operators: a dataset, or the table of a profile job."""
     threads: int | None = None
@@ -125,6 +117,21 @@ class PruneSpec:
     """Sizes of symbolic axes by name."""
     inputs: str | None = _given()
     """Inputs for verification: a dataset that is an .npz file."""
+
+
+@dataclass(frozen=True)
+class PruneSpec(_Query):
+    """Prune a model until it meets its targets, prove that the surgery is exact, and compensate."""
+
+    kind: ClassVar[str] = "prune"
+    model: str = field(metadata=_NEEDED)
+    """The model."""
+    target: tuple[str, ...]
+    """At most: macs=0.6 (of the original), params=50%, size=10MB, latency=5ms; all are met."""
+    output_name: str = "model.onnx"
+    """Name of the file that is written; external data are beside it as `{output_name}.data`."""
+    steps: int | None = None
+    """Prune in so many steps, and score again after each."""
     check: bool | None = None
     """Verify before anything is written; true if not set."""
     page: bool = False
@@ -135,6 +142,27 @@ class PruneSpec:
     """What the target `metric-drop` is about."""
     minimise: Literal["macs", "params", "size", "latency"] | None = None
     """What the smallest model that a metric allows is smallest in."""
+
+
+@dataclass(frozen=True)
+class FrontierSpec(_Query):
+    """A family of pruned models, from large to small, each measured on samples that nothing is fit on."""
+
+    kind: ClassVar[str] = "frontier"
+    model: str = field(metadata=_NEEDED)
+    """The model."""
+    shares: tuple[float, ...] = ()
+    """Of the original's cost, one model each; 0.95 to 0.3 in steps of 0.05 if empty."""
+    minimise: Literal["macs", "params", "size", "latency"] | None = None
+    """What the shares are of."""
+    metric: str | None = None
+    """What is measured: a metric's name, by default top1 with labels, else divergence."""
+    evaluate: str | None = _given(*_WORDS)
+    """Samples that nothing is fit on: a dataset; by default a fifth of the calibration's."""
+    refit: bool | None = None
+    """Refit every model on the pruned prefix before it is measured, which takes minutes."""
+    page: bool = False
+    """Also write a page about the family, for a browser."""
 
 
 @dataclass(frozen=True)
@@ -264,9 +292,9 @@ class BenchmarkSpec:
     """Inputs: a dataset that is an .npz file."""
 
 
-JobSpec: TypeAlias = InspectSpec | PruneSpec | FinetuneSpec | ProfileSpec | BenchmarkSpec
+JobSpec: TypeAlias = InspectSpec | PruneSpec | FrontierSpec | FinetuneSpec | ProfileSpec | BenchmarkSpec
 KINDS: Mapping[str, type[JobSpec]] = {
-    kind.kind: kind for kind in (InspectSpec, PruneSpec, FinetuneSpec, ProfileSpec, BenchmarkSpec)
+    kind.kind: kind for kind in (InspectSpec, PruneSpec, FrontierSpec, FinetuneSpec, ProfileSpec, BenchmarkSpec)
 }
 
 
@@ -325,10 +353,10 @@ def _check(spec: JobSpec) -> None:
     name = getattr(spec, "output_name", "model.onnx")
     if not _NAME.fullmatch(name) or name in ("plan.json", "report.json", "page.html"):
         raise UsageError(f"output_name: {name!r} must be a plain file name such as small.onnx")
-    if isinstance(spec, PruneSpec):
-        if not spec.target:
-            raise UsageError("target: name one at least, such as macs=0.6")
-        if spec.align not in (None, "auto") and not spec.align.isdecimal():
-            raise UsageError(f"align: cannot read {spec.align!r}; write auto or a number such as 8")
+    if isinstance(spec, PruneSpec) and not spec.target:
+        raise UsageError("target: name one at least, such as macs=0.6")
+    align = getattr(spec, "align", None) or "auto"
+    if align != "auto" and not align.isdecimal():
+        raise UsageError(f"align: cannot read {align!r}; write auto or a number such as 8")
     if isinstance(spec, BenchmarkSpec) and not spec.models:
         raise UsageError("models: name one at least")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 import pytest
 
-pytest.importorskip("sqlalchemy", reason="needs the extra `server`")
-
-from tests.server.running import Running
 from tests.small_models import cnn
+
+if TYPE_CHECKING:
+    from tests.server.running import Running
+
+if importlib.util.find_spec("sqlalchemy") is None:  # the extra `server` is not installed
+    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server that lets everybody in."""
+    from tests.server.running import Running
+
     running = Running(tmp_path_factory.mktemp("server")).start()
     yield running
     running.stop()
@@ -25,6 +32,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server that wants tokens."""
+    from tests.server.running import Running
+
     running = Running(tmp_path_factory.mktemp("guarded"), auth="tokens").start()
     yield running
     running.stop()

@@ -52,6 +52,7 @@ def test_pruning_far_away_looks_like_pruning_here(
     assert sorted(path.name for path in there.iterdir()) == ["out.onnx", "plan.json"]
 
 
+@pytest.mark.slow
 def test_samples_are_sent(server: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import numpy as np
     import onnx
@@ -107,6 +108,27 @@ def test_login_push_watch_pull(
     assert Ran(capsys, "remote", "delete", job, names[str(model)]).status == 0
     assert Ran(capsys, "remote", "jobs", "--json").json() == {"jobs": []}
     assert Ran(capsys, "remote", "pull", job).status == 1
+
+
+def test_measuring_far_away(server: Running, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--repeats", "5", "--seconds", "0.1", "--provider", "cpu", "--server", server.address)
+    far = Ran(capsys, "bench", model, *options, "--json")
+    assert far.status == 0, far.err
+    assert [row["name"] for row in far.json()["models"]] == ["net.onnx"]
+    assert "net.onnx" in Ran(capsys, "bench", model, *options).out
+
+
+@pytest.mark.slow
+def test_any_job_from_a_file(server: Running, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "net.onnx").write_bytes(model.read_bytes())
+    job = tmp_path / "job.yaml"
+    job.write_text("kind: benchmark\nmodels: [net.onnx, net.onnx]\nrepeats: 5\nmemory: false\n", encoding="utf-8")
+    name = Ran(capsys, "remote", "submit", job, "--server", server.address, "--json").json()["job"]
+    assert Ran(capsys, "remote", "watch", name, "--server", server.address).status == 0
+    job.write_text("kind: benchmarks", encoding="utf-8")
+    assert Ran(capsys, "remote", "submit", job, "--server", server.address).status == 2
+    job.write_text("kind: inspect\nmodel: nowhere.onnx", encoding="utf-8")
+    assert Ran(capsys, "remote", "submit", job, "--server", server.address).status == 3
 
 
 def test_a_server_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
 
 import spa
-from spa_server.config import load, seconds, size
+from spa_server.config import Config, load, seconds, size
 
 
 def written(folder: Path, text: str) -> Path:
@@ -45,7 +47,7 @@ def test_the_environment_wins(tmp_path: Path) -> None:
         ("tls: {certificate: x.pem}", "certificate and key belong together"),
         ("tls: {certificate: x.pem, key: y.pem}", "does not exist"),
         ("listen: 0.0.0.0:1", "needs TLS (tls: certificate, key)"),
-        ("listen: 0.0.0.0:1\nauth: none", "TLS (tls: certificate, key) and tokens (auth)"),
+        ("listen: 0.0.0.0:1\nauth: none", "TLS (tls: certificate, key) and tokens (auth) or certificates of clients"),
         ("limits: {message: 1kB}", "is too little"),
         ("auth: sometimes", "one of none, tokens"),
         ("reflection: 3", "true or false"),
@@ -74,3 +76,15 @@ def test_sizes_and_times() -> None:
             size(text)
         with pytest.raises(spa.UsageError):
             seconds(text)
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    hints = typing.get_type_hints(Config)
+    for field in dataclasses.fields(Config):
+        inner = hints[field.name]
+        if not dataclasses.is_dataclass(inner):
+            assert f"| `{field.name}` |" in text, field.name
+            continue
+        for name in (f.name for f in dataclasses.fields(inner)):
+            assert f"`{field.name}.{name}`" in text or f"`.{name}`" in text, f"{field.name}.{name}"

@@ -17,7 +17,7 @@ import pytest
 
 import spa
 from spa.jobs import BenchmarkSpec, InspectSpec, PruneSpec
-from spa_server._generated import jobs_pb2, uploads_pb2, uploads_pb2_grpc
+from spa_server._generated import jobs_pb2, jobs_pb2_grpc, uploads_pb2, uploads_pb2_grpc
 from spa_server.blobs import Blobs
 from spa_server.client import Client
 from spa_server.client.failures import reason_of
@@ -27,6 +27,7 @@ from spa_server.database import connect
 from spa_server.database.tables import blobs, files
 from tests.server.running import Running, workers_of
 
+pytestmark = pytest.mark.slow  # each starts servers of its own, and waits for work that takes seconds
 LONG = {"repeats": 100_000, "memory": False, "provider": "cpu"}
 
 
@@ -62,7 +63,6 @@ def test_a_worker_that_dies(server: Running, model: Path, number: signal.Signals
         client.wait(client.submit(InspectSpec(name)).name)
 
 
-@pytest.mark.slow
 def test_a_job_whose_worker_is_killed_again_and_again_fails(tmp_path: Path, model: Path) -> None:
     server = Running(tmp_path, workers={"attempts": 2}).start()
     with server.client() as client:
@@ -133,7 +133,6 @@ def needed(server: Running) -> set[str]:
     return rows
 
 
-@pytest.mark.slow
 def test_a_server_that_is_asked_to_stop_lets_jobs_end(tmp_path: Path, model: Path) -> None:
     server = Running(tmp_path).start()
     with server.client() as client:
@@ -149,7 +148,6 @@ def test_a_server_that_is_asked_to_stop_lets_jobs_end(tmp_path: Path, model: Pat
     server.stop()
 
 
-@pytest.mark.slow
 def test_a_server_that_cannot_wait_gives_jobs_back(tmp_path: Path, model: Path) -> None:
     server = Running(tmp_path, drain="0s").start()
     with server.client() as client:
@@ -162,6 +160,23 @@ def test_a_server_that_cannot_wait_gives_jobs_back(tmp_path: Path, model: Path) 
     with server.client() as client:
         assert client.wait(job.name).attempt == 1  # that attempt was not the job's fault
     server.stop()
+
+
+def test_watchers_that_go_away(tmp_path: Path, model: Path) -> None:
+    """Callers that cancel or drop a stream, at any moment, do the server no harm, and leave nothing behind."""
+    server = Running(tmp_path, workers={"count": 0}, limits={"requests": 20}).start()
+    with server.client() as client:
+        job = client.submit(InspectSpec(client.push_model(model).name)).name
+        for number in range(60):
+            with grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+                stub = jobs_pb2_grpc.JobServiceStub(channel)
+                stream = stub.WatchJob(jobs_pb2.WatchJobRequest(name=job))
+                if number % 4:
+                    next(stream)
+                if number % 2:
+                    stream.cancel()
+        until(lambda: client.account().owner == "local")
+    assert server.stop() == 0
 
 
 def test_one_folder_is_for_one_server(server: Running) -> None:
@@ -223,7 +238,6 @@ def test_a_full_disk_is_said_and_passes(small_disk: Path, tmp_path: Path) -> Non
     server.stop()
 
 
-@pytest.mark.slow
 def test_quotas(tmp_path: Path, model: Path) -> None:
     server = Running(tmp_path, quotas={"bytes": "1MB", "open": 2, "running": 1}, workers={"count": 2}).start()
     (tmp_path / "big").write_bytes(os.urandom(1_100_000))
@@ -245,7 +259,6 @@ def test_quotas(tmp_path: Path, model: Path) -> None:
     server.stop()
 
 
-@pytest.mark.slow
 def test_what_nobody_needs_is_removed(tmp_path: Path, model: Path) -> None:
     keep = {"jobs": "1s", "uploads": "1s", "every": "1s"}
     server = Running(tmp_path, retention=keep).start()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import pytest
 
 import spa
 from spa.jobs import InspectSpec
@@ -38,6 +39,7 @@ def test_messages(server: Running) -> None:
     assert "nobody foresaw" not in server.text()
 
 
+@pytest.mark.slow
 def test_models(server: Running, model: Path, tmp_path: Path) -> None:
     """Whatever a job makes of a damaged model, it ends with a reason, and the worker's end is not the server's."""
     rng, data = np.random.default_rng(1), model.read_bytes()

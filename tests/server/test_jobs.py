@@ -14,6 +14,7 @@ from spa.jobs import (
     BenchmarkSpec,
     Event,
     FinetuneSpec,
+    FrontierSpec,
     InspectSpec,
     JobCancelled,
     MetricEvent,
@@ -77,6 +78,25 @@ def test_prune_is_spa_prune(store: Store, model: Path, tmp_path: Path) -> None:
     assert StageEvent("verify", 0, 1) in events
 
 
+def test_frontier_goes_on_where_it_was(store: Store) -> None:
+    spec = FrontierSpec("models/1", shares=(0.9, 0.7), calibration="datasets/1", page=True)
+    seen: list[Event] = []
+
+    def stop() -> bool:
+        return any(event == StageEvent("frontier", 1, 2) for event in seen)
+
+    with pytest.raises(JobCancelled):
+        run(spec, store, seen.append, stop)
+    first = json.loads((store.work / "family" / "frontier.json").read_text())["points"]
+    assert len(first) == 1
+    run(spec, store, lambda event: None, never)
+    report = json.loads((store.output / "report.json").read_text())
+    assert {point["share"] for point in report["points"]} == {0.9, 0.7}
+    names = {path.name for path in store.output.rglob("*") if path.is_file()}
+    assert names == {"report.json", "frontier.json", "frontier.html", "0.9.json", "0.7.json"}
+
+
+@pytest.mark.slow
 def test_finetune_reports_epochs_and_keeps_its_state(store: Store) -> None:
     pytest.importorskip("torch")
     events: list[Event] = []

@@ -104,7 +104,7 @@ def kind_of(annotation: Any) -> str:
     if origin is Literal:
         return "string"
     if origin is tuple:
-        return "repeated string"
+        return f"repeated {kind_of(get_args(plain[0])[0])}"
     if origin is not None:
         return "map"
     return {str: "string", int: "int64", float: "double", bool: "bool"}[plain[0]]
@@ -136,22 +136,27 @@ LOCAL = {"output", "cache", "checkpoint", "progress", "told", "reached", "graph"
 """Of local calls only."""
 
 
-@pytest.mark.parametrize("kind", ["prune", "finetune", "profile", "benchmark"])
+@pytest.mark.parametrize("kind", ["prune", "frontier", "finetune", "profile", "benchmark"])
 def test_specs_have_the_parameters_of_the_functions(kind: str) -> None:
     """An option that is added to a function must be added to its spec, with the same choices."""
     from spa.bench import bench
+    from spa.frontier.run import frontier
     from spa.latency.profile import profile
     from spa.pipeline import prune
+    from spa.prepare import Options
 
-    functions: dict[str, Any] = {"prune": prune, "profile": profile, "benchmark": bench}
+    functions: dict[str, Any] = {"prune": prune, "frontier": frontier, "profile": profile, "benchmark": bench}
     if kind == "finetune":
         pytest.importorskip("torch")
         from spa.train import finetune
 
         functions["finetune"] = finetune
     signature = inspect.signature(functions[kind], eval_str=False)
-    first = {"prune": "source", "finetune": "pruned", "benchmark": "models"}.get(kind)
+    first = {"prune": "source", "frontier": "source", "finetune": "pruned", "benchmark": "models"}.get(kind)
     named = {name for name in signature.parameters if name not in LOCAL | {first, "names"}}
+    if kind == "frontier":
+        named |= {field.name for field in dataclasses.fields(Options)} - LOCAL - {"steps", "check", "options"}
+        named -= {"options"}
     fields = {field.name for field in dataclasses.fields(KINDS[kind])} - OWN - {"model"}
     assert fields - ({"models"} if kind == "benchmark" else set()) == named
 

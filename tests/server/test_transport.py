@@ -63,6 +63,7 @@ class Authority:
         return path
 
 
+@pytest.mark.slow
 def test_tls_with_tokens(tmp_path: Path, model: Path) -> None:
     authority = Authority(tmp_path, "root")
     certificate, key = authority.issue("server")
@@ -78,6 +79,7 @@ def test_tls_with_tokens(tmp_path: Path, model: Path) -> None:
     server.stop()
 
 
+@pytest.mark.slow
 def test_certificates_of_clients(tmp_path: Path) -> None:
     authority, stranger = Authority(tmp_path, "root"), Authority(tmp_path, "stranger")
     certificate, key = authority.issue("server")
@@ -139,6 +141,7 @@ def test_a_taken_port_is_said(server: Running, tmp_path: Path) -> None:
         other.start(port=server.port)
 
 
+@pytest.mark.slow
 def test_many_requests_at_once_are_told_to_come_again(tmp_path: Path, model: Path) -> None:
     from spa_server._generated import jobs_pb2, jobs_pb2_grpc
 

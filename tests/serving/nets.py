@@ -92,7 +92,7 @@ def scaled_together() -> onnx.ModelProto:
         helper.make_node("Max", ["largest", "four"], ["scale"]),
         helper.make_node("Div", ["x", "scale"], ["y"]),
     ]
-    inputs, outputs = [info("x", TensorProto.FLOAT, ["n", 4])], [info("y", TensorProto.FLOAT, ["n", 4])]
+    inputs, outputs = [info("x", TensorProto.FLOAT, ["n", 64])], [info("y", TensorProto.FLOAT, ["n", 64])]
     return model(nodes, inputs, outputs, {"four": np.array(4, np.float32)})
 
 

@@ -35,7 +35,11 @@ class ServerProcess:
     def stop(self) -> int:
         """Ask it to stop, as a service manager would; returns its exit status."""
         self.process.terminate()
-        _, self.errors = self.process.communicate(timeout=60)
+        try:
+            _, self.errors = self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
         return self.process.returncode
 
     def __exit__(

@@ -231,9 +231,10 @@ def test_a_stream_says_which_answer_is_final(client: Any) -> None:
 
 
 def test_a_client_that_leaves_a_stream(client: Any, server: ServerProcess) -> None:
+    """Its requests would take a year each."""
     client.start_stream(callback=lambda result, error: None)
     for _ in range(30):
-        client.async_stream_infer("patient", turns(LONG))
+        client.async_stream_infer("patient", turns(1 << 45))
     time.sleep(0.1)
     client.stop_stream(cancel_requests=True)
     with grpcclient.InferenceServerClient(server.address) as other:
@@ -265,13 +266,15 @@ def test_requests_that_are_wrong(client: Any) -> None:
 
 
 def test_time_that_runs_out(client: Any) -> None:
-    blocking = threading.Thread(target=lambda: client.infer("patient", turns(2 * LONG)))
+    blocking = threading.Thread(target=lambda: client.infer("patient", turns(5 * LONG)))
     blocking.start()
     time.sleep(0.1)
     try:
         # whoever notices first says so
         refused(client, "DEADLINE_EXCEEDED", "Deadline|time was over", "patient", turns(1), client_timeout=0.05)
         refused(client, "DEADLINE_EXCEEDED", "time was over after", "patient", turns(1), timeout=20_000)
+        both = {"timeout": 20_000, "client_timeout": 30}
+        refused(client, "DEADLINE_EXCEEDED", "time was over after", "patient", turns(1), **both)
     finally:
         blocking.join()
 

@@ -15,7 +15,7 @@ import pytest
 
 from spa_server._generated_inference import service_pb2
 from spa_server.errors import Refusal
-from spa_server.serving import Engine, FolderSource
+from spa_server.serving import Engine, FolderSource, Limits
 from spa_server.serving.codec import to_raw, to_typed
 from spa_server.serving.datatypes import BY_NAME
 from spa_server.serving.service import ACTIONS, SERVICE, add_to_server
@@ -187,6 +187,19 @@ def test_a_stream_survives_what_is_no_message(channel: grpc.Channel) -> None:
     assert answers[2].infer_response.id == "7"
 
 
+def test_a_server_that_cannot_start(tmp_path: Path, server: ServerProcess) -> None:
+    for folder, port, says in (
+        (tmp_path / "nowhere", "0", "is not a folder: give one that holds NAME/VERSION/model.onnx"),
+        (tmp_path, server.address.rpartition(":")[2], "is taken: choose another --port, or 0"),
+    ):
+        with pytest.raises(AssertionError) as caught, ServerProcess(folder, "--port", port):
+            pass
+        last = str(caught.value).splitlines()[-1]  # grpc may have said something before
+        assert last.startswith("error: ")
+        assert says in last
+        assert "Traceback" not in str(caught.value)
+
+
 def test_reflection_and_health(channel: grpc.Channel) -> None:
     from google.protobuf import descriptor_pb2
     from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -231,9 +244,11 @@ async def authorise(context: Any, action: str, model: str) -> str:
     return str(caller)
 
 
-def with_service(folder: Path, work: Callable[[grpc.aio.Channel], Awaitable[None]]) -> None:
+def with_service(
+    folder: Path, work: Callable[[grpc.aio.Channel], Awaitable[None]], limits: Limits | None = None
+) -> None:
     async def main() -> None:
-        engine, server = Engine(Spaces(folder)), grpc.aio.server()
+        engine, server = Engine(Spaces(folder), limits), grpc.aio.server()
         add_to_server(server, engine, authorise)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -285,6 +300,44 @@ def test_callers_see_their_own_models_only(tmp_path: Path) -> None:
                 assert await status(None, method) == "UNAUTHENTICATED", method
 
     with_service(tmp_path, work)
+
+
+def test_refusals_have_details_for_programs(tmp_path: Path) -> None:
+    from google.rpc import error_details_pb2, status_pb2
+
+    nets.add(tmp_path, "owner-net", "1", nets.patient())
+
+    async def work(channel: grpc.aio.Channel) -> None:
+        def ask(turns: int, rows: int = 1) -> Any:
+            request = service_pb2.ModelInferRequest(model_name="net")
+            request.inputs.add(name="x", datatype="FP32", shape=[rows]).contents.fp32_contents.extend([0.0] * rows)
+            request.inputs.add(name="turns", datatype="INT64", shape=[1]).contents.int64_contents.append(turns)
+            stub = channel.unary_unary(
+                f"/{SERVICE}/ModelInfer",
+                service_pb2.ModelInferRequest.SerializeToString,
+                service_pb2.ModelInferResponse.FromString,
+            )
+            return stub(request, metadata=(("caller", "owner"),))
+
+        load = service_pb2.RepositoryModelLoadRequest(model_name="net")
+        stub = channel.unary_unary(f"/{SERVICE}/RepositoryModelLoad", type(load).SerializeToString, None)
+        await stub(load, metadata=(("caller", "owner"),))
+        busy = ask(1 << 40)
+        await asyncio.sleep(0.2)
+        for rows, reason, retries in ((1, "overloaded", True), (9, "limit", False)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await ask(1, rows)
+            assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            trailing = dict(caught.value.trailing_metadata())
+            status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
+            assert (status.code, status.message) == (8, caught.value.details())
+            error = error_details_pb2.ErrorInfo()
+            assert status.details[0].Unpack(error)
+            assert error.reason == reason
+            assert any(detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR) for detail in status.details) is retries
+        busy.cancel()
+
+    with_service(tmp_path, work, Limits(max_bytes=20))
 
 
 def test_every_method_says_what_it_does() -> None:

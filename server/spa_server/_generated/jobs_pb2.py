@@ -28,7 +28,7 @@ from spa_server._generated import options_pb2 as spa_dot_v1_dot_options__pb2
 from spa_server._generated import specs_pb2 as spa_dot_v1_dot_specs__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11spa/v1/jobs.proto\x12\x06spa.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13spa/v1/models.proto\x1a\x14spa/v1/options.proto\x1a\x12spa/v1/specs.proto\"\xdb\x01\n\x07JobSpec\x12&\n\x07inspect\x18\x01 \x01(\x0b\x32\x13.spa.v1.InspectSpecH\x00\x12\"\n\x05prune\x18\x02 \x01(\x0b\x32\x11.spa.v1.PruneSpecH\x00\x12(\n\x08\x66inetune\x18\x03 \x01(\x0b\x32\x14.spa.v1.FinetuneSpecH\x00\x12&\n\x07profile\x18\x04 \x01(\x0b\x32\x13.spa.v1.ProfileSpecH\x00\x12*\n\tbenchmark\x18\x05 \x01(\x0b\x32\x15.spa.v1.BenchmarkSpecH\x00\x42\x06\n\x04kind\")\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc5\x02\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04spec\x18\x02 \x01(\x0b\x32\x0f.spa.v1.JobSpec\x12\x1f\n\x05state\x18\x03 \x01(\x0e\x32\x10.spa.v1.JobState\x12\x1f\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x10.spa.v1.JobError\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12\x1b\n\x05\x66iles\x18\t \x03(\x0b\x32\x0c.spa.v1.File\x12\x12\n\nrequest_id\x18\n \x01(\t\"\xc0\x01\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x05state\x18\x03 \x01(\x0b\x32\x12.spa.v1.StateEventH\x00\x12#\n\x05stage\x18\x04 \x01(\x0b\x32\x12.spa.v1.StageEventH\x00\x12%\n\x06metric\x18\x05 \x01(\x0b\x32\x13.spa.v1.MetricEventH\x00\x42\x07\n\x05\x65vent\"_\n\nStateEvent\x12\x1f\n\x05state\x18\x01 \x01(\x0e\x32\x10.spa.v1.JobState\x12\x1f\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.spa.v1.JobError\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\"8\n\nStageEvent\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\"|\n\x0bMetricEvent\x12\r\n\x05\x65poch\x18\x01 \x01(\x05\x12/\n\x06values\x18\x02 \x03(\x0b\x32\x1f.spa.v1.MetricEvent.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"E\n\x10\x43reateJobRequest\x12\x1d\n\x04spec\x18\x01 \x01(\x0b\x32\x0f.spa.v1.JobSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"-\n\x11\x43reateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.spa.v1.Job\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0eGetJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.spa.v1.Job\"Z\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12 \n\x06states\x18\x03 \x03(\x0e\x32\x10.spa.v1.JobState\"F\n\x10ListJobsResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.spa.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"3\n\x10WatchJobResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.spa.v1.JobEvent\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x11\x43\x61ncelJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.spa.v1.Job\" \n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xaf\x03\n\nJobService\x12\x46\n\tCreateJob\x12\x18.spa.v1.CreateJobRequest\x1a\x19.spa.v1.CreateJobResponse\"\x04\xc8\xc1\x18\x03\x12=\n\x06GetJob\x12\x15.spa.v1.GetJobRequest\x1a\x16.spa.v1.GetJobResponse\"\x04\xc8\xc1\x18\x01\x12\x43\n\x08ListJobs\x12\x17.spa.v1.ListJobsRequest\x1a\x18.spa.v1.ListJobsResponse\"\x04\xc8\xc1\x18\x01\x12\x45\n\x08WatchJob\x12\x17.spa.v1.WatchJobRequest\x1a\x18.spa.v1.WatchJobResponse\"\x04\xc8\xc1\x18\x01\x30\x01\x12\x46\n\tCancelJob\x12\x18.spa.v1.CancelJobRequest\x1a\x19.spa.v1.CancelJobResponse\"\x04\xc8\xc1\x18\x03\x12\x46\n\tDeleteJob\x12\x18.spa.v1.DeleteJobRequest\x1a\x19.spa.v1.DeleteJobResponse\"\x04\xc8\xc1\x18\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11spa/v1/jobs.proto\x12\x06spa.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x13spa/v1/models.proto\x1a\x14spa/v1/options.proto\x1a\x12spa/v1/specs.proto\"\x85\x02\n\x07JobSpec\x12&\n\x07inspect\x18\x01 \x01(\x0b\x32\x13.spa.v1.InspectSpecH\x00\x12\"\n\x05prune\x18\x02 \x01(\x0b\x32\x11.spa.v1.PruneSpecH\x00\x12(\n\x08\x66inetune\x18\x03 \x01(\x0b\x32\x14.spa.v1.FinetuneSpecH\x00\x12&\n\x07profile\x18\x04 \x01(\x0b\x32\x13.spa.v1.ProfileSpecH\x00\x12*\n\tbenchmark\x18\x05 \x01(\x0b\x32\x15.spa.v1.BenchmarkSpecH\x00\x12(\n\x08\x66rontier\x18\x06 \x01(\x0b\x32\x14.spa.v1.FrontierSpecH\x00\x42\x06\n\x04kind\")\n\x08JobError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc5\x02\n\x03Job\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1d\n\x04spec\x18\x02 \x01(\x0b\x32\x0f.spa.v1.JobSpec\x12\x1f\n\x05state\x18\x03 \x01(\x0e\x32\x10.spa.v1.JobState\x12\x1f\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x10.spa.v1.JobError\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12\x1b\n\x05\x66iles\x18\t \x03(\x0b\x32\x0c.spa.v1.File\x12\x12\n\nrequest_id\x18\n \x01(\t\"\xc0\x01\n\x08JobEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12#\n\x05state\x18\x03 \x01(\x0b\x32\x12.spa.v1.StateEventH\x00\x12#\n\x05stage\x18\x04 \x01(\x0b\x32\x12.spa.v1.StageEventH\x00\x12%\n\x06metric\x18\x05 \x01(\x0b\x32\x13.spa.v1.MetricEventH\x00\x42\x07\n\x05\x65vent\"_\n\nStateEvent\x12\x1f\n\x05state\x18\x01 \x01(\x0e\x32\x10.spa.v1.JobState\x12\x1f\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x10.spa.v1.JobError\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\x05\"8\n\nStageEvent\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0c\n\x04\x64one\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\"|\n\x0bMetricEvent\x12\r\n\x05\x65poch\x18\x01 \x01(\x05\x12/\n\x06values\x18\x02 \x03(\x0b\x32\x1f.spa.v1.MetricEvent.ValuesEntry\x1a-\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"E\n\x10\x43reateJobRequest\x12\x1d\n\x04spec\x18\x01 \x01(\x0b\x32\x0f.spa.v1.JobSpec\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"-\n\x11\x43reateJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.spa.v1.Job\"\x1d\n\rGetJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"*\n\x0eGetJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.spa.v1.Job\"Z\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12 \n\x06states\x18\x03 \x03(\x0e\x32\x10.spa.v1.JobState\"F\n\x10ListJobsResponse\x12\x19\n\x04jobs\x18\x01 \x03(\x0b\x32\x0b.spa.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"7\n\x0fWatchJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x61\x66ter_sequence\x18\x02 \x01(\x03\"3\n\x10WatchJobResponse\x12\x1f\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x10.spa.v1.JobEvent\" \n\x10\x43\x61ncelJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"-\n\x11\x43\x61ncelJobResponse\x12\x18\n\x03job\x18\x01 \x01(\x0b\x32\x0b.spa.v1.Job\" \n\x10\x44\x65leteJobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x13\n\x11\x44\x65leteJobResponse*\x9a\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x03\x12\x14\n\x10JOB_STATE_FAILED\x10\x04\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x05\x32\xaf\x03\n\nJobService\x12\x46\n\tCreateJob\x12\x18.spa.v1.CreateJobRequest\x1a\x19.spa.v1.CreateJobResponse\"\x04\xc8\xc1\x18\x03\x12=\n\x06GetJob\x12\x15.spa.v1.GetJobRequest\x1a\x16.spa.v1.GetJobResponse\"\x04\xc8\xc1\x18\x01\x12\x43\n\x08ListJobs\x12\x17.spa.v1.ListJobsRequest\x1a\x18.spa.v1.ListJobsResponse\"\x04\xc8\xc1\x18\x01\x12\x45\n\x08WatchJob\x12\x17.spa.v1.WatchJobRequest\x1a\x18.spa.v1.WatchJobResponse\"\x04\xc8\xc1\x18\x01\x30\x01\x12\x46\n\tCancelJob\x12\x18.spa.v1.CancelJobRequest\x1a\x19.spa.v1.CancelJobResponse\"\x04\xc8\xc1\x18\x03\x12\x46\n\tDeleteJob\x12\x18.spa.v1.DeleteJobRequest\x1a\x19.spa.v1.DeleteJobResponse\"\x04\xc8\xc1\x18\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,48 +49,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_JOBSERVICE'].methods_by_name['CancelJob']._serialized_options = b'\310\301\030\003'
   _globals['_JOBSERVICE'].methods_by_name['DeleteJob']._loaded_options = None
   _globals['_JOBSERVICE'].methods_by_name['DeleteJob']._serialized_options = b'\310\301\030\002'
-  _globals['_JOBSTATE']._serialized_start=1798
-  _globals['_JOBSTATE']._serialized_end=1952
+  _globals['_JOBSTATE']._serialized_start=1840
+  _globals['_JOBSTATE']._serialized_end=1994
   _globals['_JOBSPEC']._serialized_start=126
-  _globals['_JOBSPEC']._serialized_end=345
-  _globals['_JOBERROR']._serialized_start=347
-  _globals['_JOBERROR']._serialized_end=388
-  _globals['_JOB']._serialized_start=391
-  _globals['_JOB']._serialized_end=716
-  _globals['_JOBEVENT']._serialized_start=719
-  _globals['_JOBEVENT']._serialized_end=911
-  _globals['_STATEEVENT']._serialized_start=913
-  _globals['_STATEEVENT']._serialized_end=1008
-  _globals['_STAGEEVENT']._serialized_start=1010
-  _globals['_STAGEEVENT']._serialized_end=1066
-  _globals['_METRICEVENT']._serialized_start=1068
-  _globals['_METRICEVENT']._serialized_end=1192
-  _globals['_METRICEVENT_VALUESENTRY']._serialized_start=1147
-  _globals['_METRICEVENT_VALUESENTRY']._serialized_end=1192
-  _globals['_CREATEJOBREQUEST']._serialized_start=1194
-  _globals['_CREATEJOBREQUEST']._serialized_end=1263
-  _globals['_CREATEJOBRESPONSE']._serialized_start=1265
-  _globals['_CREATEJOBRESPONSE']._serialized_end=1310
-  _globals['_GETJOBREQUEST']._serialized_start=1312
-  _globals['_GETJOBREQUEST']._serialized_end=1341
-  _globals['_GETJOBRESPONSE']._serialized_start=1343
-  _globals['_GETJOBRESPONSE']._serialized_end=1385
-  _globals['_LISTJOBSREQUEST']._serialized_start=1387
-  _globals['_LISTJOBSREQUEST']._serialized_end=1477
-  _globals['_LISTJOBSRESPONSE']._serialized_start=1479
-  _globals['_LISTJOBSRESPONSE']._serialized_end=1549
-  _globals['_WATCHJOBREQUEST']._serialized_start=1551
-  _globals['_WATCHJOBREQUEST']._serialized_end=1606
-  _globals['_WATCHJOBRESPONSE']._serialized_start=1608
-  _globals['_WATCHJOBRESPONSE']._serialized_end=1659
-  _globals['_CANCELJOBREQUEST']._serialized_start=1661
-  _globals['_CANCELJOBREQUEST']._serialized_end=1693
-  _globals['_CANCELJOBRESPONSE']._serialized_start=1695
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1740
-  _globals['_DELETEJOBREQUEST']._serialized_start=1742
-  _globals['_DELETEJOBREQUEST']._serialized_end=1774
-  _globals['_DELETEJOBRESPONSE']._serialized_start=1776
-  _globals['_DELETEJOBRESPONSE']._serialized_end=1795
-  _globals['_JOBSERVICE']._serialized_start=1955
-  _globals['_JOBSERVICE']._serialized_end=2386
+  _globals['_JOBSPEC']._serialized_end=387
+  _globals['_JOBERROR']._serialized_start=389
+  _globals['_JOBERROR']._serialized_end=430
+  _globals['_JOB']._serialized_start=433
+  _globals['_JOB']._serialized_end=758
+  _globals['_JOBEVENT']._serialized_start=761
+  _globals['_JOBEVENT']._serialized_end=953
+  _globals['_STATEEVENT']._serialized_start=955
+  _globals['_STATEEVENT']._serialized_end=1050
+  _globals['_STAGEEVENT']._serialized_start=1052
+  _globals['_STAGEEVENT']._serialized_end=1108
+  _globals['_METRICEVENT']._serialized_start=1110
+  _globals['_METRICEVENT']._serialized_end=1234
+  _globals['_METRICEVENT_VALUESENTRY']._serialized_start=1189
+  _globals['_METRICEVENT_VALUESENTRY']._serialized_end=1234
+  _globals['_CREATEJOBREQUEST']._serialized_start=1236
+  _globals['_CREATEJOBREQUEST']._serialized_end=1305
+  _globals['_CREATEJOBRESPONSE']._serialized_start=1307
+  _globals['_CREATEJOBRESPONSE']._serialized_end=1352
+  _globals['_GETJOBREQUEST']._serialized_start=1354
+  _globals['_GETJOBREQUEST']._serialized_end=1383
+  _globals['_GETJOBRESPONSE']._serialized_start=1385
+  _globals['_GETJOBRESPONSE']._serialized_end=1427
+  _globals['_LISTJOBSREQUEST']._serialized_start=1429
+  _globals['_LISTJOBSREQUEST']._serialized_end=1519
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1521
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1591
+  _globals['_WATCHJOBREQUEST']._serialized_start=1593
+  _globals['_WATCHJOBREQUEST']._serialized_end=1648
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1650
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1701
+  _globals['_CANCELJOBREQUEST']._serialized_start=1703
+  _globals['_CANCELJOBREQUEST']._serialized_end=1735
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1737
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1782
+  _globals['_DELETEJOBREQUEST']._serialized_start=1784
+  _globals['_DELETEJOBREQUEST']._serialized_end=1816
+  _globals['_DELETEJOBRESPONSE']._serialized_start=1818
+  _globals['_DELETEJOBRESPONSE']._serialized_end=1837
+  _globals['_JOBSERVICE']._serialized_start=1997
+  _globals['_JOBSERVICE']._serialized_end=2428
 # @@protoc_insertion_point(module_scope)

@@ -29,18 +29,20 @@ JOB_STATE_FAILED: JobState
 JOB_STATE_CANCELLED: JobState
 
 class JobSpec(_message.Message):
-    __slots__ = ("inspect", "prune", "finetune", "profile", "benchmark")
+    __slots__ = ("inspect", "prune", "finetune", "profile", "benchmark", "frontier")
     INSPECT_FIELD_NUMBER: _ClassVar[int]
     PRUNE_FIELD_NUMBER: _ClassVar[int]
     FINETUNE_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     BENCHMARK_FIELD_NUMBER: _ClassVar[int]
+    FRONTIER_FIELD_NUMBER: _ClassVar[int]
     inspect: _specs_pb2.InspectSpec
     prune: _specs_pb2.PruneSpec
     finetune: _specs_pb2.FinetuneSpec
     profile: _specs_pb2.ProfileSpec
     benchmark: _specs_pb2.BenchmarkSpec
-    def __init__(self, inspect: _Optional[_Union[_specs_pb2.InspectSpec, _Mapping]] = ..., prune: _Optional[_Union[_specs_pb2.PruneSpec, _Mapping]] = ..., finetune: _Optional[_Union[_specs_pb2.FinetuneSpec, _Mapping]] = ..., profile: _Optional[_Union[_specs_pb2.ProfileSpec, _Mapping]] = ..., benchmark: _Optional[_Union[_specs_pb2.BenchmarkSpec, _Mapping]] = ...) -> None: ...
+    frontier: _specs_pb2.FrontierSpec
+    def __init__(self, inspect: _Optional[_Union[_specs_pb2.InspectSpec, _Mapping]] = ..., prune: _Optional[_Union[_specs_pb2.PruneSpec, _Mapping]] = ..., finetune: _Optional[_Union[_specs_pb2.FinetuneSpec, _Mapping]] = ..., profile: _Optional[_Union[_specs_pb2.ProfileSpec, _Mapping]] = ..., benchmark: _Optional[_Union[_specs_pb2.BenchmarkSpec, _Mapping]] = ..., frontier: _Optional[_Union[_specs_pb2.FrontierSpec, _Mapping]] = ...) -> None: ...
 
 class JobError(_message.Message):
     __slots__ = ("code", "message")

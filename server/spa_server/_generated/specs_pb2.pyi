@@ -24,7 +24,7 @@ class InspectSpec(_message.Message):
     def __init__(self, model: _Optional[str] = ..., dims: _Optional[_Mapping[str, int]] = ..., page: _Optional[bool] = ...) -> None: ...
 
 class PruneSpec(_message.Message):
-    __slots__ = ("model", "target", "output_name", "method", "criterion", "aggregation", "normalisation", "allocation", "compensate", "recalibrate", "calibration", "samples", "batch", "preprocess", "tokenizer", "max_length", "loss", "memory", "provider", "steps", "latency_table", "threads", "batch_size", "scope", "kinds", "ignore", "align", "min_keep", "seed", "dims", "inputs", "check", "page", "evaluate", "metric", "minimise")
+    __slots__ = ("method", "criterion", "aggregation", "normalisation", "allocation", "compensate", "recalibrate", "calibration", "samples", "batch", "preprocess", "tokenizer", "max_length", "loss", "memory", "provider", "latency_table", "threads", "batch_size", "scope", "kinds", "ignore", "align", "min_keep", "seed", "dims", "inputs", "model", "target", "output_name", "steps", "check", "page", "evaluate", "metric", "minimise")
     class DimsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -32,9 +32,6 @@ class PruneSpec(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
-    MODEL_FIELD_NUMBER: _ClassVar[int]
-    TARGET_FIELD_NUMBER: _ClassVar[int]
-    OUTPUT_NAME_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     CRITERION_FIELD_NUMBER: _ClassVar[int]
     AGGREGATION_FIELD_NUMBER: _ClassVar[int]
@@ -51,7 +48,6 @@ class PruneSpec(_message.Message):
     LOSS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
-    STEPS_FIELD_NUMBER: _ClassVar[int]
     LATENCY_TABLE_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -63,14 +59,15 @@ class PruneSpec(_message.Message):
     SEED_FIELD_NUMBER: _ClassVar[int]
     DIMS_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_NAME_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     CHECK_FIELD_NUMBER: _ClassVar[int]
     PAGE_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
     MINIMISE_FIELD_NUMBER: _ClassVar[int]
-    model: str
-    target: _containers.RepeatedScalarFieldContainer[str]
-    output_name: str
     method: str
     criterion: str
     aggregation: str
@@ -87,7 +84,6 @@ class PruneSpec(_message.Message):
     loss: str
     memory: str
     provider: str
-    steps: int
     latency_table: str
     threads: int
     batch_size: int
@@ -99,12 +95,95 @@ class PruneSpec(_message.Message):
     seed: int
     dims: _containers.ScalarMap[str, int]
     inputs: str
+    model: str
+    target: _containers.RepeatedScalarFieldContainer[str]
+    output_name: str
+    steps: int
     check: bool
     page: bool
     evaluate: str
     metric: str
     minimise: str
-    def __init__(self, model: _Optional[str] = ..., target: _Optional[_Iterable[str]] = ..., output_name: _Optional[str] = ..., method: _Optional[str] = ..., criterion: _Optional[str] = ..., aggregation: _Optional[str] = ..., normalisation: _Optional[str] = ..., allocation: _Optional[str] = ..., compensate: _Optional[str] = ..., recalibrate: _Optional[str] = ..., calibration: _Optional[str] = ..., samples: _Optional[int] = ..., batch: _Optional[int] = ..., preprocess: _Optional[str] = ..., tokenizer: _Optional[str] = ..., max_length: _Optional[int] = ..., loss: _Optional[str] = ..., memory: _Optional[str] = ..., provider: _Optional[str] = ..., steps: _Optional[int] = ..., latency_table: _Optional[str] = ..., threads: _Optional[int] = ..., batch_size: _Optional[int] = ..., scope: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., ignore: _Optional[_Iterable[str]] = ..., align: _Optional[str] = ..., min_keep: _Optional[str] = ..., seed: _Optional[int] = ..., dims: _Optional[_Mapping[str, int]] = ..., inputs: _Optional[str] = ..., check: _Optional[bool] = ..., page: _Optional[bool] = ..., evaluate: _Optional[str] = ..., metric: _Optional[str] = ..., minimise: _Optional[str] = ...) -> None: ...
+    def __init__(self, method: _Optional[str] = ..., criterion: _Optional[str] = ..., aggregation: _Optional[str] = ..., normalisation: _Optional[str] = ..., allocation: _Optional[str] = ..., compensate: _Optional[str] = ..., recalibrate: _Optional[str] = ..., calibration: _Optional[str] = ..., samples: _Optional[int] = ..., batch: _Optional[int] = ..., preprocess: _Optional[str] = ..., tokenizer: _Optional[str] = ..., max_length: _Optional[int] = ..., loss: _Optional[str] = ..., memory: _Optional[str] = ..., provider: _Optional[str] = ..., latency_table: _Optional[str] = ..., threads: _Optional[int] = ..., batch_size: _Optional[int] = ..., scope: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., ignore: _Optional[_Iterable[str]] = ..., align: _Optional[str] = ..., min_keep: _Optional[str] = ..., seed: _Optional[int] = ..., dims: _Optional[_Mapping[str, int]] = ..., inputs: _Optional[str] = ..., model: _Optional[str] = ..., target: _Optional[_Iterable[str]] = ..., output_name: _Optional[str] = ..., steps: _Optional[int] = ..., check: _Optional[bool] = ..., page: _Optional[bool] = ..., evaluate: _Optional[str] = ..., metric: _Optional[str] = ..., minimise: _Optional[str] = ...) -> None: ...
+
+class FrontierSpec(_message.Message):
+    __slots__ = ("method", "criterion", "aggregation", "normalisation", "allocation", "compensate", "recalibrate", "calibration", "samples", "batch", "preprocess", "tokenizer", "max_length", "loss", "memory", "provider", "latency_table", "threads", "batch_size", "scope", "kinds", "ignore", "align", "min_keep", "seed", "dims", "inputs", "model", "shares", "minimise", "metric", "evaluate", "refit", "page")
+    class DimsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    CRITERION_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATION_FIELD_NUMBER: _ClassVar[int]
+    NORMALISATION_FIELD_NUMBER: _ClassVar[int]
+    ALLOCATION_FIELD_NUMBER: _ClassVar[int]
+    COMPENSATE_FIELD_NUMBER: _ClassVar[int]
+    RECALIBRATE_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
+    SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    BATCH_FIELD_NUMBER: _ClassVar[int]
+    PREPROCESS_FIELD_NUMBER: _ClassVar[int]
+    TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    MAX_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_TABLE_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    KINDS_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_FIELD_NUMBER: _ClassVar[int]
+    ALIGN_FIELD_NUMBER: _ClassVar[int]
+    MIN_KEEP_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    DIMS_FIELD_NUMBER: _ClassVar[int]
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    MINIMISE_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    REFIT_FIELD_NUMBER: _ClassVar[int]
+    PAGE_FIELD_NUMBER: _ClassVar[int]
+    method: str
+    criterion: str
+    aggregation: str
+    normalisation: str
+    allocation: str
+    compensate: str
+    recalibrate: str
+    calibration: str
+    samples: int
+    batch: int
+    preprocess: str
+    tokenizer: str
+    max_length: int
+    loss: str
+    memory: str
+    provider: str
+    latency_table: str
+    threads: int
+    batch_size: int
+    scope: str
+    kinds: _containers.RepeatedScalarFieldContainer[str]
+    ignore: _containers.RepeatedScalarFieldContainer[str]
+    align: str
+    min_keep: str
+    seed: int
+    dims: _containers.ScalarMap[str, int]
+    inputs: str
+    model: str
+    shares: _containers.RepeatedScalarFieldContainer[float]
+    minimise: str
+    metric: str
+    evaluate: str
+    refit: bool
+    page: bool
+    def __init__(self, method: _Optional[str] = ..., criterion: _Optional[str] = ..., aggregation: _Optional[str] = ..., normalisation: _Optional[str] = ..., allocation: _Optional[str] = ..., compensate: _Optional[str] = ..., recalibrate: _Optional[str] = ..., calibration: _Optional[str] = ..., samples: _Optional[int] = ..., batch: _Optional[int] = ..., preprocess: _Optional[str] = ..., tokenizer: _Optional[str] = ..., max_length: _Optional[int] = ..., loss: _Optional[str] = ..., memory: _Optional[str] = ..., provider: _Optional[str] = ..., latency_table: _Optional[str] = ..., threads: _Optional[int] = ..., batch_size: _Optional[int] = ..., scope: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., ignore: _Optional[_Iterable[str]] = ..., align: _Optional[str] = ..., min_keep: _Optional[str] = ..., seed: _Optional[int] = ..., dims: _Optional[_Mapping[str, int]] = ..., inputs: _Optional[str] = ..., model: _Optional[str] = ..., shares: _Optional[_Iterable[float]] = ..., minimise: _Optional[str] = ..., metric: _Optional[str] = ..., evaluate: _Optional[str] = ..., refit: _Optional[bool] = ..., page: _Optional[bool] = ...) -> None: ...
 
 class FinetuneSpec(_message.Message):
     __slots__ = ("model", "data", "output_name", "teacher", "plan", "loss", "epochs", "batch", "lr", "optimiser", "schedule", "warmup", "weight_decay", "accumulate", "amp", "ema", "held_out", "patience", "temperature", "alpha", "gamma", "distance", "augment", "freeze", "sparsity", "strength", "provider", "seed", "samples", "preprocess", "tokenizer", "max_length", "dims")

@@ -7,13 +7,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import yaml
+
+from spa.bench import BenchReport
 from spa.errors import OutputError, SpaError, UsageError
 from spa.finish import Report, Result
-from spa.jobs import PruneSpec, references
+from spa.jobs import KINDS, BenchmarkSpec, JobSpec, PruneSpec, references
 from spa.jobs.spec import is_reference
 from spa.plan import read as read_plan
 from spa.progress import Progress, silent
@@ -21,7 +24,10 @@ from spa.store import publish
 from spa.typed import read_record
 from spa_server.client.client import Client
 
-__all__ = ["prune", "pushed", "specified"]
+__all__ = ["bench", "prune", "pushed", "read_spec", "specified"]
+
+Spec = TypeVar("Spec", bound=JobSpec)
+Record = TypeVar("Record")
 
 _LOCAL = ("output", "cache", "progress")
 """Options of local pruning that a server has its own of."""
@@ -74,6 +80,59 @@ def prune(
     return Result(None, target, plan, report)
 
 
+def bench(
+    client: Client,
+    models: Sequence[str | os.PathLike[str]],
+    names: Sequence[str],
+    *,
+    progress: Callable[[int, int], None],
+    **options: Any,
+) -> BenchReport:
+    """As `spa.bench`, but measured by a server, on its machine.
+
+    Args:
+        client: of the server.
+        models: ONNX files, or names of models there.
+        names: one for each, to be used in the report.
+        progress: called with (rounds done, rounds at most).
+        options: as `spa.bench` has them.
+
+    Raises:
+        SpaError: as `spa.bench`, and if the server refuses.
+    """
+    given = {key: value for key, value in options.items() if value not in (None, {})}
+    inputs = {"inputs": os.fspath(given.pop("inputs"))} if "inputs" in given else {}
+    body = {"models": [os.fspath(model) for model in models], **given, **inputs}
+    job = client.submit(pushed(client, read_record(BenchmarkSpec, body, "bench")))
+    client.wait(job.name, progress=lambda stage, done, total: progress(done, total) if stage == "bench" else None)
+    with tempfile.TemporaryDirectory() as folder:
+        (path,) = client.pull(job.name, folder)
+        report = _read(BenchReport, json.loads(path.read_text(encoding="utf-8")))
+    rows = zip(report.models, names, strict=True)
+    return dataclasses.replace(report, models=tuple(dataclasses.replace(row, name=name) for row, name in rows))
+
+
+def read_spec(path: Path) -> JobSpec:
+    """A spec that names local files, relative to its own folder.
+
+    Raises:
+        UsageError: it cannot be read, or says something that is not known.
+    """
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML or JSON ({error})") from error
+    if not isinstance(given, dict) or given.get("kind") not in KINDS:
+        raise UsageError(f"{path}: needs `kind`: one of {', '.join(KINDS)}")
+    kind = KINDS[given.pop("kind")]
+    spec = read_record(kind, given, str(path))
+    placed: dict[str, Any] = {}
+    for field, text in references(spec, local=True):
+        found = str(path.parent / text) if (path.parent / text).exists() else text
+        placed[field] = (*placed.get(field, ()), found) if isinstance(getattr(spec, field), tuple) else found
+    return dataclasses.replace(spec, **placed)
+
+
 def specified(model: str | os.PathLike[str], name: str, options: Mapping[str, Any]) -> PruneSpec:
     """Options of local pruning as a spec that names local files; what has its default is left out.
 
@@ -93,7 +152,7 @@ def specified(model: str | os.PathLike[str], name: str, options: Mapping[str, An
     return read_record(PruneSpec, given, "prune")
 
 
-def pushed(client: Client, spec: PruneSpec, progress: Progress = silent) -> PruneSpec:
+def pushed(client: Client, spec: Spec, progress: Progress = silent) -> Spec:
     """The same spec, with local files sent, and named as the server names them.
 
     Raises:
@@ -102,20 +161,28 @@ def pushed(client: Client, spec: PruneSpec, progress: Progress = silent) -> Prun
     named: dict[str, Any] = {}
     for field, text in references(spec, local=True):
         if is_reference(text) and not Path(text).exists():
-            continue
-        if field == "model":
-            named[field] = client.push_model(text, progress=progress).name
+            found = text
+        elif field in ("model", "models", "teacher"):
+            found = client.push_model(text, progress=progress).name
         elif field != "preprocess" or Path(text).is_file():
-            named[field] = client.push_dataset(text, progress=progress).name
+            found = client.push_dataset(text, progress=progress).name
+        else:
+            continue
+        named[field] = (*named.get(field, ()), found) if isinstance(getattr(spec, field), tuple) else found
     return dataclasses.replace(spec, **named)
 
 
 def _report(text: str) -> Report:
     body = json.loads(text)
-    wanted = {field.name for field in dataclasses.fields(Report)}
     if isinstance(body.get("latency"), dict):
         body["latency"].pop("share", None)  # is worked out
+    return _read(Report, body)
+
+
+def _read(kind: type[Record], body: Mapping[str, Any]) -> Record:
+    """A record that the server wrote, without what is there besides."""
+    wanted = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]  # a dataclass
     try:
-        return read_record(Report, {key: value for key, value in body.items() if key in wanted}, "report.json")
+        return read_record(kind, {key: value for key, value in body.items() if key in wanted}, "report.json")
     except UsageError as error:
         raise SpaError(f"the server's report cannot be read ({error}); is it of another version?") from error

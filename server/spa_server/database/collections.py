@@ -114,7 +114,7 @@ def listed(database: Database, owner: str, kind: Kind, page_size: int, token: st
 def remove(database: Database, owner: str, kind: Kind, name: str) -> None:
     """Delete one. Raises: Refusal if there is none of this name, or a job that has not ended needs it."""
     with database.write() as connection:
-        row = _row(connection, owner, kind, name)
+        row = _row(connection, owner, kind, name, lock=True)
         check_unneeded(connection, name)
         digests = [file.sha256 for file in files_of(connection, name)]
         connection.execute(delete(files).where(files.c.parent == name))
@@ -142,12 +142,14 @@ def files_of(connection: Connection, parent: str) -> tuple[StoredFile, ...]:
     return tuple(StoredFile(row.path, row.sha256, row.size) for row in rows)
 
 
-def _row(connection: Connection, owner: str, kind: Kind, name: str) -> Row[Any]:
+def _row(connection: Connection, owner: str, kind: Kind, name: str, *, lock: bool = False) -> Row[Any]:
+    """With `lock` no job that needs it can be accepted before the transaction ends."""
     prefix, _, id_ = name.partition("/")
     if prefix != kind or not id_:
         raise invalid("name", f"name: {name!r} must be {kind}/ID")
     mine = (collections.c.id == id_, collections.c.owner == owner, collections.c.kind == kind)
-    row = connection.execute(select(collections).where(*mine)).first()
+    query = select(collections).where(*mine)
+    row = connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
         raise not_found(name)
     return row

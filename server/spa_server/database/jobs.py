@@ -114,7 +114,8 @@ def _parent(connection: Connection, owner: str, field: str, reference: str) -> s
     kind, id_, *rest = reference.split("/", 2)
     parent = f"{kind}/{id_}"
     if kind == "jobs":
-        row = connection.execute(select(jobs.c.state).where(jobs.c.id == id_, jobs.c.owner == owner)).first()
+        mine: tuple[Any, ...] = (jobs.c.id == id_, jobs.c.owner == owner)
+        row = connection.execute(select(jobs.c.state).where(*mine).with_for_update(read=True)).first()
         if row is not None and row.state != "succeeded":
             message = f"{field}: {parent} has not succeeded ({row.state}); its files can be used when it has"
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "not-ready", message, field=field)
@@ -161,7 +162,7 @@ def cancel(database: Database, owner: str, name: str) -> Job:
 def remove(database: Database, owner: str, name: str) -> None:
     """Delete a job that has ended, and its files. Raises: Refusal if there is none, it runs, or another needs it."""
     with database.write() as connection:
-        row = _row(connection, owner, name)
+        row = _row(connection, owner, name, lock=True)
         if row.state in LIVE:
             message = f"{name}: has not ended ({row.state}); cancel it first"
             raise Refusal(grpc.StatusCode.FAILED_PRECONDITION, "in-use", message)
@@ -220,11 +221,13 @@ def _state(state: str, **more: Any) -> dict[str, Any]:
     return {"state": {"state": state, **more}}
 
 
-def _row(connection: Connection, owner: str, name: str) -> Row[Any]:
+def _row(connection: Connection, owner: str, name: str, *, lock: bool = False) -> Row[Any]:
+    """With `lock` no job that needs it can be accepted before the transaction ends."""
     prefix, _, id_ = name.partition("/")
     if prefix != "jobs" or not id_:
         raise invalid("name", f"name: {name!r} must be jobs/ID")
-    row = connection.execute(select(jobs).where(jobs.c.id == id_, jobs.c.owner == owner)).first()
+    query = select(jobs).where(jobs.c.id == id_, jobs.c.owner == owner)
+    row = connection.execute(query.with_for_update() if lock else query).first()
     if row is None:
         raise not_found(name)
     return row

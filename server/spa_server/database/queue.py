@@ -47,7 +47,8 @@ def claim(database: Database, server: str, lease: float, running: int) -> Held |
         rows = connection.execute(waiting.limit(_LOOKED_AT).with_for_update(skip_locked=True)).all()
         if not rows:
             return None
-        counts = select(jobs.c.owner, func.count().label("number")).where(jobs.c.state == "running").group_by(jobs.c.owner)
+        counts = select(jobs.c.owner, func.count().label("number")).group_by(jobs.c.owner)
+        counts = counts.where(jobs.c.state == "running")
         busy = Counter({row.owner: row.number for row in connection.execute(counts)}) if running else Counter[str]()
         id_ = next((row.id for row in rows if not running or busy[row.owner] < running), None)
         if id_ is None:

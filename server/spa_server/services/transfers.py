@@ -24,6 +24,9 @@ from spa_server.uploads import Uploads
 __all__ = ["Artifacts", "Incomings"]
 
 Context: TypeAlias = grpc.aio.ServicerContext
+_AT_ONCE = 4 * PIECE
+"""Bytes that are written or read by one call of a thread: calling it takes time, too."""
+_MOST_PIECES = 256
 
 
 class Incomings(in_rpc.UploadServiceServicer):
@@ -46,10 +49,25 @@ class Incomings(in_rpc.UploadServiceServicer):
         with ExitStack() as stack:
             receive = self._uploads.receive(current().owner, header.sha256, header.size, header.offset)
             incoming = await asyncio.to_thread(stack.enter_context, receive)
-            async for request in requests:
-                if request.WhichOneof("part") != "data":
-                    raise invalid("data", "data: must be in all messages but the first")
-                await asyncio.to_thread(incoming.write, request.data)
+            writing: asyncio.Task[None] | None = None  # of some pieces, while the next ones come
+            pieces, gathered = list[bytes](), 0
+            try:
+                async for request in requests:
+                    if request.WhichOneof("part") != "data":
+                        raise invalid("data", "data: must be in all messages but the first")
+                    if not request.data:  # nothing but a place in memory
+                        continue
+                    pieces.append(request.data)
+                    gathered += len(request.data)
+                    if gathered >= _AT_ONCE or len(pieces) >= _MOST_PIECES:
+                        if writing is not None:
+                            await writing
+                        writing = asyncio.create_task(asyncio.to_thread(incoming.write, pieces))
+                        pieces, gathered = [], 0
+            finally:
+                if writing is not None:
+                    await asyncio.shield(writing)
+                incoming.write(pieces)
             await asyncio.to_thread(incoming.finish)
         return in_pb.UploadResponse(sha256=header.sha256, size=header.size)
 
@@ -71,9 +89,15 @@ class Artifacts(out_rpc.ArtifactServiceServicer):
         left = min(request.limit or file.size, file.size - request.offset)
         with ExitStack() as stack:
             source = await asyncio.to_thread(self._open, stack, file.sha256, request.offset)
-            while left > 0 and (piece := await asyncio.to_thread(source.read, min(PIECE, left))):
-                left -= len(piece)
-                yield out_pb.DownloadResponse(data=piece)
+            reading = asyncio.create_task(asyncio.to_thread(source.read, min(_AT_ONCE, left)))
+            try:
+                while data := await reading:
+                    left -= len(data)
+                    reading = asyncio.create_task(asyncio.to_thread(source.read, min(_AT_ONCE, left)))
+                    for start in range(0, len(data), PIECE):
+                        yield out_pb.DownloadResponse(data=data[start : start + PIECE])
+            finally:
+                await asyncio.shield(reading)
 
     def _file(self, owner: str, parent: str, path: str) -> StoredFile:
         kind = parent.partition("/")[0]

@@ -44,7 +44,11 @@ def main(
 async def _serve(source: FolderSource, port: int, most_bytes: int, limits: Limits) -> None:
     engine = Engine(source, limits)
     server = grpc.aio.server(
-        options=[("grpc.max_receive_message_length", most_bytes), ("grpc.max_send_message_length", most_bytes)]
+        options=[
+            ("grpc.max_receive_message_length", most_bytes),
+            ("grpc.max_send_message_length", most_bytes),
+            ("grpc.so_reuseport", 0),  # or a second server would share the port in silence
+        ]
     )
     add_to_server(server, engine, max_answer_bytes=most_bytes)
     try:

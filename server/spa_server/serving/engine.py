@@ -6,6 +6,7 @@ An engine belongs to one event loop. Only opening models and running them happen
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from spa.errors import SpaError, UsageError
 from spa_server.serving.codec import Array
-from spa_server.serving.errors import InvalidRequest, NotFound, NotLoadable, Overloaded, ShuttingDown
+from spa_server.serving.errors import InvalidRequest, LimitReached, NotFound, NotLoadable, Overloaded, ShuttingDown
 from spa_server.serving.loading import Held, Plan, hold, survey
 from spa_server.serving.options import parse_options
 from spa_server.serving.repository import IndexEntry, ServedModel, index_of
@@ -25,6 +26,7 @@ from spa_server.serving.version import LoadedVersion
 __all__ = ["Answer", "Engine", "Limits"]
 
 _LOADS_AT_ONCE = 2
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -102,7 +104,7 @@ class Engine:
             outputs: those that are wanted; none for all.
             deadline: when the request need not run any more, on the event loop's clock.
 
-        Raises: NotFound, InvalidRequest, Overloaded, TooLate, ShuttingDown, RunFailed.
+        Raises: NotFound, InvalidRequest, Overloaded, LimitReached, TooLate, ShuttingDown, RunFailed.
         """
         if self._closing:
             raise ShuttingDown("the server shuts down: ask another one.")
@@ -110,6 +112,8 @@ class Engine:
         chosen.signature.check(feeds)
         specs = chosen.signature.chosen(outputs)
         size = _bytes_of(feeds)
+        if size > self._limits.max_bytes:
+            raise LimitReached(f"the inputs have {size} bytes, more than the {self._limits.max_bytes} of all requests.")
         if self._bytes + size > self._limits.max_bytes:
             raise Overloaded(
                 f"requests of {self._bytes} bytes are being answered, and {size} more would exceed "
@@ -141,7 +145,7 @@ class Engine:
             name: of the model.
             options: instead of those that the source gives.
 
-        Raises: NotFound, NotLoadable, InvalidRequest for `options` that are wrong, Overloaded, ShuttingDown.
+        Raises: NotFound, NotLoadable, InvalidRequest for `options` that are wrong, LimitReached, ShuttingDown.
         """
         await self._finish(self._load(name, options))
 
@@ -164,8 +168,14 @@ class Engine:
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
         return task
+
+    def _over(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, SpaError):  # maybe nobody waits for it
+            _LOG.error("loading or unloading failed for a reason that was not foreseen", exc_info=error)
 
     def _lock(self, name: str) -> asyncio.Lock:
         """Held while a model is loaded or unloaded; forgotten when nobody holds it."""
@@ -188,8 +198,9 @@ class Engine:
             kept = {} if before is None else before.unchanged(plan)
             fresh = [version for version in plan.marks if version not in kept]
             others = sum(len(model.held) for other, model in self._models.items() if other != name)
+            others += sum(state == "LOADING" for (other, _), (state, _) in self._states.items() if other != name)
             if others + len(plan.marks) > self._limits.max_versions:
-                raise Overloaded(
+                raise LimitReached(
                     f"{others} versions of other models are loaded, and {len(plan.marks)} more would exceed "
                     f"{self._limits.max_versions}: unload a model first."
                 )

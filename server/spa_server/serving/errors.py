@@ -5,6 +5,7 @@
     ├── NotFound         NOT_FOUND             no such model or version, or not loaded
     ├── NotLoadable      FAILED_PRECONDITION   the model is there but cannot be served as asked
     ├── Overloaded       RESOURCE_EXHAUSTED    too much is waiting; the same request may work later
+    ├── LimitReached     RESOURCE_EXHAUSTED    more than this server takes on; trying again does not help
     ├── TooLate          DEADLINE_EXCEEDED     its time ran out before its turn
     ├── ShuttingDown     UNAVAILABLE           the server takes no more requests
     └── RunFailed        INTERNAL              ONNX Runtime failed on a valid request
@@ -20,6 +21,7 @@ from spa.errors import SpaError
 
 __all__ = [
     "InvalidRequest",
+    "LimitReached",
     "NotFound",
     "NotLoadable",
     "Overloaded",
@@ -62,6 +64,13 @@ class Overloaded(ServingError):
     """Too much is waiting; the same request may work later."""
 
     code = "overloaded"
+    status = "RESOURCE_EXHAUSTED"
+
+
+class LimitReached(ServingError):
+    """More than this server takes on; trying again does not help."""
+
+    code = "limit"
     status = "RESOURCE_EXHAUSTED"
 
 

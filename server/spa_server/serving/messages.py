@@ -10,7 +10,7 @@ from spa_server._generated_inference import service_pb2
 from spa_server.serving.codec import Array, datatype_of, from_raw, from_typed, to_raw, to_typed
 from spa_server.serving.datatypes import Datatype
 from spa_server.serving.engine import Answer
-from spa_server.serving.errors import InvalidRequest, Overloaded
+from spa_server.serving.errors import InvalidRequest, LimitReached
 from spa_server.serving.wire import InferCall, InferReply
 
 __all__ = ["decode", "encode", "timeout_of"]
@@ -46,11 +46,11 @@ async def decode(call: InferCall) -> dict[str, Array]:
 async def encode(answer: Answer, call: InferCall, most_bytes: int) -> InferReply:
     """The answer to a request: raw if its inputs were raw, else in lists if all types have them.
 
-    Raises: Overloaded if it would take more than `most_bytes`.
+    Raises: LimitReached if it would take more than `most_bytes`.
     """
     size = sum(array.nbytes for _, array in answer.outputs)
     if size > most_bytes:
-        raise Overloaded(f"the answer takes {size} bytes, more than the {most_bytes} that a message may have.")
+        raise LimitReached(f"the answer takes {size} bytes, more than the {most_bytes} that a message may have.")
     raw = bool(call.raw) or not call.message.inputs
     raw = raw or any(spec.datatype.field is None for spec, _ in answer.outputs)
     slow = sum(array.size for spec, array in answer.outputs if not raw or spec.datatype.name == "BYTES")

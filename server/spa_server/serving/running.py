@@ -35,13 +35,14 @@ class Ran:
 def execute(session: StoppableSession, batch: Sequence[Request]) -> tuple[list[Outcome], list[Ran]]:
     """An answer or an error for each request, and the runs that succeeded.
 
-    A batch that fails is run again one by one: nobody's request fails for what another one holds.
+    A batch that fails is run again one by one: nobody's request fails for what another one holds. (If it was stopped,
+    its single runs end at once, too.)
     """
     try:
         answers, ran = _together(session, batch)
     except ServingError as error:
-        if len(batch) == 1 or all(request.answer.done() for request in batch):  # the latter: the run was stopped
-            return [error] * len(batch), []
+        if len(batch) == 1:
+            return [error], []
     else:
         return list(answers), [ran]
     outcomes: list[Outcome] = []

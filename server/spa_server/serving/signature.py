@@ -84,11 +84,18 @@ def shape_text(shape: Sequence[int | None] | None) -> str:
 
 
 def signature_of(session: Session) -> Signature:
-    """What `session` takes and gives. Raises: NotLoadable if the protocol has no type for one of its tensors."""
-    return Signature(
-        tuple(_spec("input", arg) for arg in session.get_inputs()),
-        tuple(_spec("output", arg) for arg in session.get_outputs()),
-    )
+    """What `session` takes and gives.
+
+    Raises: NotLoadable if the protocol has no type for one of its tensors, or these types cannot be run together.
+    """
+    inputs = tuple(_spec("input", arg) for arg in session.get_inputs())
+    outputs = tuple(_spec("output", arg) for arg in session.get_outputs())
+    if any(spec.datatype.name == "BF16" for spec in (*inputs, *outputs)):
+        # numpy has no bfloat16, so all inputs must be OrtValues, and of text these cannot be made in Python
+        for spec in inputs:
+            if spec.datatype.name == "BYTES":
+                raise NotLoadable(f"input {spec.name!r} is text, which ONNX Runtime does not take beside bfloat16.")
+    return Signature(inputs, outputs)
 
 
 def _spec(kind: str, arg: NodeArg) -> TensorSpec:

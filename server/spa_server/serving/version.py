@@ -129,6 +129,7 @@ class LoadedVersion:
         for ran in runs:
             self.statistics.ran(ran.rows, ran.requests, ran.join_ns, ran.run_ns, ran.split_ns)
         for request, outcome in zip(batch, outcomes, strict=True):
+            request.beside, request.stop = (), None  # no cycle: it would keep tensors until the garbage collector comes
             if request.answer.done():  # cancelled while it ran
                 continue
             if isinstance(outcome, Exception):
