@@ -32,6 +32,7 @@ __all__ = [
     "Provider",
     "Session",
     "Value",
+    "bound_runner",
     "check_installation",
     "cuda_problem",
     "fetch",
@@ -436,18 +437,51 @@ def runner(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]
     return call
 
 
+def bound_runner(session: Session, feeds: Mapping[str, Array]) -> Callable[[], object]:
+    """As `runner`, but inputs lie on the session's device before the first call, and outputs stay there: copies to and
+    from the device are in no call. A call ends when the outputs are complete; it returns the binding that holds them.
+
+    Raises: RuntimeFailure if an input cannot be put on the device, and the call like `run`.
+    """
+    device = provider_of(session)
+    for arg in session.get_inputs() if device != "cpu" else ():
+        if arg.type in _RAW_TYPES or not arg.type.startswith("tensor(") or arg.type == "tensor(string)":
+            raise RuntimeFailure(
+                f"input {arg.name!r} is a {arg.type}, which cannot be kept on the GPU: include copies."
+            )
+    try:
+        ready = _values(feeds, device)
+        binding = session.io_binding()
+        for name, value in ready.items():
+            binding.bind_ortvalue_input(name, value)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, device)
+    except Exception as error:  # see _create
+        raise _cannot_run(error) from error
+
+    def call(held: object = ready) -> object:  # on the CPU a binding does not keep its inputs alive
+        try:
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+        except Exception as error:  # see _create
+            raise _cannot_run(error) from error
+        return binding
+
+    return call
+
+
 def _needs_values(session: Session) -> bool:
     return any(arg.type in _RAW_TYPES for arg in (*session.get_inputs(), *session.get_outputs()))
 
 
-def _values(feeds: Mapping[str, Array]) -> dict[str, Any]:
+def _values(feeds: Mapping[str, Array], device: str = "cpu") -> dict[str, Any]:
     codes = {dtype: code for code, dtype in _RAW_TYPES.values()}
     build = _ort().OrtValue
     values = {}
     for name, array in feeds.items():
         code = codes.get(array.dtype)
         if code is None:
-            values[name] = build.ortvalue_from_numpy(array)
+            values[name] = build.ortvalue_from_numpy(array, device, 0)
         else:
             bits = np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
             values[name] = build.ortvalue_from_numpy_with_onnx_type(bits, code)

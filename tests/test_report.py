@@ -16,6 +16,7 @@ import pytest
 
 import spa
 from spa.bench import Comparison
+from spa.bench.operators import node_times, times_of
 from spa.errors import UsageError
 from spa.groups import Analysis
 from spa.latency.loop import Attempt
@@ -26,7 +27,7 @@ from spa.report import Frontier, FrontierPoint, Page, figures, gather, render, s
 from spa.report.data import Cause, OperatorTime, Sensitivity, Speed, Width
 from spa.report.markup import Markup, data, join, tag
 from spa.report.page import BOUND
-from spa.report.speed import _times, measure, node_times
+from spa.report.speed import measure
 from tests.command_line import Ran
 from tests.pages import HARM, Element, check_accessible, check_alone, full, harmful, parse, speed
 from tests.small_models import attention, cnn, custom
@@ -270,7 +271,7 @@ def test_node_times_are_medians_over_all_runs_but_the_first() -> None:
     trace.append(event("a_fence_before", 1500, 999))
     trace.append(event("a_kernel_time", 1950, 999))  # between two runs
     trace.append({"cat": "Session", "ph": "i", "name": "note", "ts": 0})
-    assert [(n.name, n.ms) for n in _times(trace)] == [("a", 0.02), ("b", 0.007)]
+    assert [(n.name, n.ms) for n in times_of(trace)] == [("a", 0.02), ("b", 0.007)]
 
 
 def known(versus: Comparison | None) -> LatencyReport:

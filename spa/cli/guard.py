@@ -33,7 +33,7 @@ def statuses() -> Iterator[tuple[int, str, str]]:
     while queue:
         kind = queue.pop()
         kinds.add(kind)
-        queue.extend(kind.__subclasses__())
+        queue.extend(k for k in kind.__subclasses__() if k.__module__ == SpaError.__module__)  # not the server's
     for kind in sorted(kinds, key=lambda k: k.exit_status):
         yield kind.exit_status, kind.code, (kind.__doc__ or "").strip().rstrip(".")
     yield INTERNAL, "internal", "an error nobody foresaw; please report it"

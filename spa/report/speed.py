@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import bisect
-import json
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from spa.bench import Latency, bench
+from spa.bench import Latency, NodeTime, bench
+from spa.bench.operators import node_times
 from spa.errors import UsageError
 from spa.feeds import load_feeds, runnable_feeds
 from spa.latency.query import LatencyReport
 from spa.report.data import OperatorTime, Speed, Timing
-from spa.runtime import Array, Provider, open_session, run
+from spa.runtime import Provider, open_session
 from spa.signature import InputSpec, inputs_of
 
 ROUNDS = 24
 SECONDS = 6.0
 """About the time for rounds; opening the models comes on top."""
-PROFILED_RUNS = 5
 NODES = 200
 """Slowest nodes that are kept."""
 
@@ -147,56 +141,6 @@ def _samples(specs: Sequence[InputSpec], batch: int) -> dict[str, int]:
     """So many samples per run, where the model leaves that open: one is what costs are counted for."""
     first = [(spec.shape[0] or f"{spec.name}:0") for spec in specs if spec.shape]
     return {symbol: batch for symbol in first if isinstance(symbol, str)}
-
-
-@dataclass(frozen=True)
-class NodeTime:
-    """One node as ONNX Runtime executes it, after its own fusions."""
-
-    name: str
-    operator: str
-    ms: float
-    """Median over the runs."""
-
-
-def node_times(
-    model: Path, feeds: Mapping[str, Array], *, threads: int = 0, runs: int = PROFILED_RUNS
-) -> list[NodeTime]:
-    """Time of each node in one run on the CPU, by ONNX Runtime's profiler; slowest first.
-
-    Raises:
-        RuntimeFailure: the model does not run.
-    """
-    with tempfile.TemporaryDirectory(prefix="spa-") as folder:
-        session = open_session(
-            model, provider="cpu", threads=threads, deterministic=False, profile=Path(folder) / "trace"
-        )
-        written = ""
-        try:
-            for _ in range(runs + 1):  # the first one also places memory
-                run(session, feeds)
-        finally:
-            written = session.end_profiling()
-        events = json.loads(Path(written).read_text(encoding="utf-8", errors="replace"))
-    return _times(events)
-
-
-def _times(events: Iterable[Mapping[str, Any]]) -> list[NodeTime]:
-    """Median time per node over all runs but the first, from a trace."""
-    complete = [e for e in events if e.get("ph") == "X"]
-    runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in complete if e["name"] == "model_run")[1:]
-    starts = [start for start, _ in runs]
-    spent: dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float64]]] = {}
-    for event in complete:
-        name = str(event["name"])
-        if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
-            continue
-        k = bisect.bisect_right(starts, event["ts"]) - 1
-        if k >= 0 and event["ts"] < runs[k][1]:
-            key = name.removesuffix("_kernel_time"), str(event.get("args", {}).get("op_name", ""))
-            spent.setdefault(key, np.zeros(len(runs)))[k] += event["dur"] / 1e3
-    found = [NodeTime(name, operator, float(np.median(times))) for (name, operator), times in spent.items()]
-    return sorted(found, key=lambda node: -node.ms)
 
 
 def _matched(before: list[NodeTime], after: list[NodeTime]) -> list[OperatorTime]:
