@@ -34,7 +34,6 @@ check: $(VENV)/.dev
 # The Python code of the protos.
 proto: $(VENV)/.test $(VENV)/proto
 	$(BIN)/python proto/generate.py
-	$(BIN)/python proto/inference/generate.py
 
 fix: $(VENV)/.dev
 	$(BIN)/python -m ruff check --fix .

@@ -12,7 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"errors", "heap", "progress", "readable", "version", "wire", "blocks", "symbols", "moments", "least_squares"},
+    {
+        "errors",
+        "heap",
+        "plain",
+        "progress",
+        "readable",
+        "version",
+        "wire",
+        "blocks",
+        "symbols",
+        "moments",
+        "least_squares",
+    },
     {"typed", "axes", "cache", "inference", "runtime", "shelf", "signature"},
     {"external", "feeds", "footprint"},
     {"store", "bench", "calibration"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from spa.plain import plain
 from spa.progress import Progress, silent
 from spa.readable import count as count  # they are this module's to those who print
 from spa.readable import share as share
@@ -64,15 +64,7 @@ def emit(body: Mapping[str, Any]) -> None:
 
 def as_json(body: Mapping[str, Any]) -> str:
     """The text of one JSON object."""
-    return json.dumps(_plain(body), indent=2, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(body), indent=2, allow_nan=False) + "\n"
 
 
 def complain(message: str) -> None:

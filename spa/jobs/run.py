@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from spa.jobs.spec import (
     references,
 )
 from spa.jobs.store import Store
+from spa.plain import plain
 from spa.progress import Progress
 
 if TYPE_CHECKING:
@@ -213,13 +213,4 @@ def _benchmark(spec: BenchmarkSpec, store: Store, progress: Progress) -> dict[st
 
 
 def _text(body: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(body), indent=2, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    """Numbers that JSON does not have (infinities, NaN) become null, as the command line prints them."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(plain(body), indent=2, allow_nan=False) + "\n"

@@ -14,6 +14,7 @@ from spa.budget.widths import Optimality
 from spa.errors import UsageError
 from spa.latency.query import LatencyReport
 from spa.pipeline import Change
+from spa.plain import plain
 from spa.study import Fit
 from spa.verify import Verification
 
@@ -179,7 +180,7 @@ class Page:
 
     def to_json(self) -> dict[str, Any]:
         """As plain dicts, lists, strings and numbers; NaN and infinities become None."""
-        body: dict[str, Any] = _plain(dataclasses.asdict(self))
+        body: dict[str, Any] = plain(dataclasses.asdict(self))
         return body
 
     @staticmethod
@@ -193,14 +194,6 @@ class Page:
             raise UsageError(f"{name} is not the data of a report of version {VERSION}; make it anew")
         page: Page = _read(Page, body, name)
         return page
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read(kind: Any, body: Any, where: str) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from spa.errors import SpaError
 from spa.runtime import open_session
+from spa_server.memory import resident
 from spa_server.serving.errors import NotLoadable
 
 __all__ = ["Trial", "try_opening"]
@@ -62,20 +63,11 @@ def _watch(child: subprocess.Popen[bytes], trial: Trial) -> str | None:
         try:
             child.wait(_LOOK_EVERY)
         except subprocess.TimeoutExpired:
-            if _own_memory(child.pid) > trial.max_bytes:
+            if resident(child.pid) > trial.max_bytes:
                 return f"opening it took more than {trial.max_bytes} bytes of memory."
         else:
             return None
     return f"opening it took more than {trial.seconds:g} s."
-
-
-def _own_memory(pid: int) -> int:
-    """Resident bytes of a process that are not those of a file; 0 where the system does not tell."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-        return int(status.split("RssAnon:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        return 0
 
 
 def _verdict(status: int, complaint: str) -> str:
