@@ -308,7 +308,7 @@ def test_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert body["models"][1]["versus_first"]["verdict"]
     ran = Ran(capsys, "bench", model, "--repeats", 5, "--provider", "cpu", "--dim", "batch=1")
     assert ran.status == 0
-    assert "median ms" in ran.out
+    assert "p50 ms" in ran.out
 
 
 def test_rules(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,8 +272,9 @@ def _feeds(
         feeds = dict(inputs)
     else:
         sizes = {**batch_dims(specs[0], batch, names[0]), **dims}
+        session = subject.open(0)
         with about(names[0]):
-            feeds = runnable_feeds(models[0], subject.open(0), seed, sizes)
+            feeds = runnable_feeds(models[0], session, seed, sizes)
     for name, own in zip(names, specs, strict=True):
         if {spec.name for spec in own} != set(feeds):
             raise UsageError(

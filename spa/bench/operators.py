@@ -35,9 +35,7 @@ class NodeTime:
     name: str
     operator: str
     ms: float
-    """Median over the runs, milliseconds; of all nodes with this name together."""
-    nodes: int = 1
-    """How many nodes have this name: more than one only where names are missing or equal."""
+    """Median over the runs, milliseconds; all iterations of a loop together."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class OperatorTime:
     ms: float
     """Milliseconds of one run."""
     nodes: int
-    """That are executed. 0: all are fused into others, or were computed when the model was opened."""
+    """That are executed; those with one name in different subgraphs count once. 0: all are fused into others, or were
+    computed when the model was opened."""
     in_file: int
     """Nodes in the model's file. 0: the runtime made them, by a fusion or for another layout of the data."""
 
@@ -98,7 +97,7 @@ def _by_operator(nodes: Iterable[NodeTime], in_file: Mapping[str, int]) -> list[
     for node in nodes:
         spent.setdefault(node.operator, []).append(node)
     rows = [
-        OperatorTime(name, sum(node.ms for node in found), sum(node.nodes for node in found), in_file.get(name, 0))
+        OperatorTime(name, sum(node.ms for node in found), len(found), in_file.get(name, 0))
         for name, found in spent.items()
     ]
     return sorted(rows, key=lambda row: (-row.ms, row.operator))
@@ -132,16 +131,13 @@ def times_of(events: Iterable[Mapping[str, Any]]) -> list[NodeTime]:
     runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in complete if e["name"] == "model_run")[1:]
     starts = [start for start, _ in runs]
     spent: dict[tuple[str, str], np.ndarray[Any, np.dtype[np.float64]]] = {}
-    places: dict[tuple[str, str], set[object]] = {}
     for event in complete:
         name = str(event["name"])
         if event.get("cat") != "Node" or not name.endswith(_SUFFIX):
             continue
         k = bisect.bisect_right(starts, event["ts"]) - 1
         if k >= 0 and event["ts"] < runs[k][1]:
-            more = event.get("args", {})
-            key = name.removesuffix(_SUFFIX), str(more.get("op_name", ""))
+            key = name.removesuffix(_SUFFIX), str(event.get("args", {}).get("op_name", ""))
             spent.setdefault(key, np.zeros(len(runs)))[k] += event["dur"] / 1e3
-            places.setdefault(key, set()).add(more.get("node_index"))
-    found = [NodeTime(*key, float(np.median(times)), len(places[key])) for key, times in spent.items()]
+    found = [NodeTime(*key, float(np.median(times))) for key, times in spent.items()]
     return sorted(found, key=lambda node: -node.ms)

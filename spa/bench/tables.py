@@ -22,8 +22,9 @@ def report_table(*reports: BenchReport) -> Table:
 
     first = reports[0]
     several = len(reports) > 1
+    cores = "1 core" if first.cores == 1 else f"{first.cores} cores"
     title = "" if several else f"batch {first.batch}, {first.rounds} rounds, threads {_threads(first)}, "
-    table = Table(title=f"{title}onnxruntime {first.runtime}", caption=f"{first.cpu}, {first.cores} cores")
+    table = Table(title=f"{title}onnxruntime {first.runtime}", caption=f"{first.cpu}, {cores}")
     for heading in ("batch", "threads") if several else ():
         table.add_column(heading, justify="right")
     table.add_column("model", overflow="fold")
@@ -66,8 +67,10 @@ def remarks(*reports: BenchReport) -> list[str]:
                 f"too few runs for a p{100 * q:.0f}: it needs {enough(q)}, there were {min(counts)}; raise the number "
                 "of repeats, or the seconds"
             )
-    found += [text for text in dict.fromkeys(_clocks(report.clocks) for report in reports) if text]
-    return found
+    told = [(report, text) for report in reports if (text := _clocks(report.clocks))]
+    if len({text for _, text in told}) > 1:
+        return found + [f"batch {r.batch}, threads {_threads(r)}: {text}" for r, text in told]
+    return found + [text for _, text in told[:1]]
 
 
 def _clocks(clocks: Clocks | None) -> str:
@@ -103,8 +106,8 @@ def _size(count: int) -> str:
 
 # ---- operators --------------------------------------------------------------------------------------------------
 
-_Spent = Mapping[tuple[str, ...], tuple[float, int]]
-"""Milliseconds and number of nodes of each operator, or of each (node, operator)."""
+_Row = tuple[float, tuple[str, ...]]
+"""Milliseconds, and the cells that show them."""
 
 
 def operator_tables(report: BenchReport) -> list[Table]:
@@ -113,39 +116,48 @@ def operator_tables(report: BenchReport) -> list[Table]:
     if not found:
         return []
     made = {row.operator for profile in found.values() for row in profile.operators if row.in_file == 0}
-    types: dict[str, _Spent] = {
-        n: {(r.operator,): (r.ms, r.nodes) for r in p.operators if r.nodes} for n, p in found.items()
+    types: dict[str, dict[tuple[str, ...], _Row]] = {
+        name: {(row.operator,): (row.ms, (_ms(row.ms), str(row.nodes))) for row in profile.operators if row.nodes}
+        for name, profile in found.items()
     }
-    nodes: dict[str, _Spent] = {
-        n: {(r.name or "(no name)", r.operator): (r.ms, r.nodes) for r in p.nodes} for n, p in found.items()
+    nodes: dict[str, dict[tuple[str, ...], _Row]] = {
+        name: {(row.name, row.operator): (row.ms, (_ms(row.ms),)) for row in profile.nodes}
+        for name, profile in found.items()
     }
     setting = f"batch {report.batch}, threads {_threads(report)}"
     runs = " and ".join(str(count) for count in sorted({profile.runs for profile in found.values()}))
-    first = _pairs(f"time per operator: {setting}, medians of {runs} profiled runs", ("operator",), types, made)
+    first = _pairs(f"time per operator: {setting}, {runs} profiled runs", ("operator",), types, made, ("nodes",))
+    second = _pairs(f"the slowest nodes: {setting}", ("node", "operator"), nodes, made, (), _TOP)
+    for table in (first, second):  # titles may be wider than the columns
+        table.min_width = len(str(table.title)) + 4
     first.caption = "* made by ONNX Runtime: fused, or for another layout" if made else None
-    return [first, _pairs(f"the slowest nodes: {setting}", ("node", "operator"), nodes, made, _TOP)]
+    return [first, second]
 
 
 def _pairs(
-    title: str, columns: Sequence[str], found: Mapping[str, _Spent], made: set[str], most: int | None = None
+    title: str,
+    columns: Sequence[str],
+    found: Mapping[str, Mapping[tuple[str, ...], _Row]],
+    made: set[str],
+    more: Sequence[str],
+    most: int | None = None,
 ) -> Table:
-    """A row for each key, with milliseconds and the number of nodes in each model; slowest first."""
+    """A row for each key with its cells in each model, slowest first; `more` names the cells after milliseconds."""
     from rich.table import Table
 
     table = Table(title=title)
     for column in columns:
         table.add_column(column, overflow="fold")
     for name in found:
-        table.add_column(f"{name}: ms", justify="right", overflow="fold")
-        table.add_column("nodes", justify="right")
+        for heading in (f"{name}: ms", *more):
+            table.add_column(heading, justify="right", overflow="fold")
     worst: dict[tuple[str, ...], float] = {}
-    for spent in found.values():
-        for key, (ms, _) in spent.items():
+    for rows in found.values():
+        for key, (ms, _) in rows.items():
             worst[key] = max(ms, worst.get(key, 0.0))
+    missing: _Row = (0.0, ("-",) * (1 + len(more)))
     for key in sorted(worst, key=lambda key: (-worst[key], key))[:most]:
-        cells: list[str] = []
-        for spent in found.values():
-            cells += [_ms(spent[key][0]), str(spent[key][1])] if key in spent else ["-", "-"]
+        cells = [cell for rows in found.values() for cell in rows.get(key, missing)[1]]
         table.add_row(*key[:-1], f"{key[-1]} *" if key[-1] in made else key[-1], *cells)
     return table
 

@@ -72,6 +72,7 @@ def bench(
     if server is not None and (operators or copies != "included"):
         raise UsageError("--operators and --copies are not done by servers; leave them out, or measure here")
     output.warn(check_installation())
+    reports: Sequence[BenchReport]
     with output.rounds("rounds", quiet=json) as progress:
         if server is not None:
             reports = _far(server, models, counts, batches, progress, options)

@@ -116,6 +116,8 @@ def test_measuring_far_away(server: Running, model: Path, capsys: pytest.Capture
     assert far.status == 0, far.err
     assert [row["name"] for row in far.json()["models"]] == ["net.onnx"]
     assert "net.onnx" in Ran(capsys, "bench", model, *options).out
+    swept = Ran(capsys, "bench", model, *options, "--batch", "1,3", "--json").json()
+    assert [report["batch"] for report in swept["reports"]] == [1, 3]
 
 
 @pytest.mark.slow
