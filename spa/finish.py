@@ -27,11 +27,12 @@ from spa.metrics import Drop
 from spa.plan import Plan
 from spa.progress import Progress
 from spa.removal import Mask
-from spa.rewrite import Twin, rewritten
+from spa.rewrite import rewritten
 from spa.schedule import Schedule
 from spa.signature import inputs_of
 from spa.store import publish, save
 from spa.study import Fit
+from spa.twin import Twin
 from spa.verify import Verification, compare, masked, require, zeroed
 
 STAGES = (  # in the order of a run; `search` evaluates models for a metric target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 import onnx.defs
@@ -42,12 +42,15 @@ def _strip(graph: onnx.GraphProto) -> None:
             _strip(child)
 
 
-def infer(proto: onnx.ModelProto, label: str | None) -> None:
+def infer(proto: onnx.ModelProto, label: str | None, *, names: bool = False) -> None:
     """Fill `value_info` by ONNX's own inference, and correct the outputs' shapes.
+
+    With `names` axes whose size inference does not know keep the names that they have.
 
     With a `label` a contradiction that any runtime rejects is a `ModelError`. When inference fails
     for another reason the values simply stay unknown.
     """
+    named = dict(_named(proto.graph)) if names else {}
     _strip(proto.graph)
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
@@ -61,7 +64,19 @@ def infer(proto: onnx.ModelProto, label: str | None) -> None:
             typed = onnx.shape_inference.infer_shapes(bare, data_prop=True)
         except Exception:  # as above; then types stay unknown
             return
-    _take_types(proto.graph, typed.graph, label)
+    _take_types(proto.graph, typed.graph, label, named)
+
+
+Names = Mapping[str, Sequence[str]]
+"""Of the axes of a value; empty where there is none."""
+
+
+def _named(graph: onnx.GraphProto) -> Iterator[tuple[str, Sequence[str]]]:
+    for info in graph.value_info:
+        yield info.name, [dim.dim_param for dim in info.type.tensor_type.shape.dim]
+    for node in graph.node:
+        for child in children(node):
+            yield from _named(child)
 
 
 def _undeclare(graph: onnx.GraphProto) -> None:
@@ -91,13 +106,14 @@ def _contradiction(bare: onnx.ModelProto) -> str | None:
     return None
 
 
-def _take_types(graph: onnx.GraphProto, typed: onnx.GraphProto, label: str | None) -> None:
+def _take_types(graph: onnx.GraphProto, typed: onnx.GraphProto, label: str | None, named: Names) -> None:
     notes = {info.name: info for info in graph.value_info}
     names = {tensor.name for tensor in graph.initializer}
     declared = {info.name: info for info in graph.output}
     infos = [info for info in typed.value_info if info.name not in names]
     for info in [*infos, *typed.output]:
         _forget_invented(info.type)
+        _name(info.type, named.get(info.name, ()))
         if info.name in declared:
             _reconcile(declared[info.name], info.type, label)
     fresh = {info.name: info for info in infos if info.name not in declared}
@@ -109,7 +125,15 @@ def _take_types(graph: onnx.GraphProto, typed: onnx.GraphProto, label: str | Non
     graph.value_info.extend(fresh.values())
     for node, typed_node in zip(graph.node, typed.node, strict=True):
         for child, typed_child in zip(children(node), children(typed_node), strict=True):
-            _take_types(child, typed_child, label)
+            _take_types(child, typed_child, label, named)
+
+
+def _name(kind: onnx.TypeProto, names: Sequence[str]) -> None:
+    """Give the axes of unknown size their names."""
+    dims = kind.tensor_type.shape.dim
+    for dim, name in zip(dims, names, strict=True) if len(dims) == len(names) else ():
+        if name and not dim.WhichOneof("value"):
+            dim.dim_param = name
 
 
 def _forget_invented(kind: onnx.TypeProto) -> None:

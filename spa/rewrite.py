@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from spa.axes import Axis
 from spa.blocks import picked
@@ -19,7 +18,8 @@ from spa.exactness import pinned
 from spa.groups import Analysis
 from spa.removal import Mask, changed_leaves, variants
 from spa.rules import Edit, Remap
-from spa.symbols import Size, coefficient, is_static
+from spa.symbols import Size, coefficient, is_static, symbol
+from spa.twin import Twin, computed
 
 
 def rewritten(analysis: Analysis, kept: Mask) -> Twin:
@@ -40,9 +40,16 @@ class _Rewriter:
         self.old: list[Size] = list(self.solution.leaf_size)
         self.new = self.solution.counts(kept)
         self.twin = Twin(self.coupling.model)
+        named = {
+            d.value for v in self.coupling.model.graph.inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim)
+        }
+        self.names: dict[Size | None, str] = {symbol(name): name for name in named if name}
+        """Of axes of the inputs."""
+        self._made: dict[tuple[Any, ...], ir.Value] = {}
+        """Shape operands that were edited, by what they are: attention reshapes many values alike."""
 
     def run(self) -> Twin:
-        pinned = self._pinned()
+        self._pinned()
         self._weights()
         self._shape_readers()
         self._pins()
@@ -51,8 +58,8 @@ class _Rewriter:
             if self._touched(remap.source) or self._touched(remap.target):
                 self._remap(remap)
         self._shapes()
-        if pinned:
-            self.twin.sweep(pinned)
+        read = [n for n in self.coupling.model.graph if any(v.uses() or v.is_graph_output() for v in n.outputs)]
+        self.twin.sweep(read)  # what only computed numbers that are others now
         return self.twin
 
     def _touched(self, axis: Axis) -> bool:
@@ -109,14 +116,19 @@ class _Rewriter:
             dims = self.coupling.dims(value) if value.shape is not None and value not in self.coupling.weights else None
             if dims is None or value.shape is None or len(dims) != len(value.shape):
                 continue
-            new = [
-                size if not isinstance(size, int) or not self._touched(dim) else self._new(dim)
-                for size, dim in zip(value.shape, dims, strict=True)
-            ]
+            sizes = self.coupling.shapes.shape(value) or [None] * len(dims)
+            new = [self._size(*each) for each in zip(value.shape, dims, sizes, strict=True)]
             twin.shape = ir.Shape(new)  # type: ignore[arg-type]  # touched axes are static
 
-    def _pinned(self) -> list[ir.Node]:
-        """Weights computed by a statistic over a pruned axis become initializers; returns what may be idle then."""
+    def _size(self, size: int | ir.SymbolicDim, dim: Axis, known: Size | None) -> Size | ir.SymbolicDim:
+        """Of one axis of a value. ONNX's inference loses names of axes early, and runtimes fuse less without them."""
+        if self._touched(dim):
+            return self._new(dim) if isinstance(size, int) else size
+        name = None if isinstance(size, int) or size.value else self.names.get(known)
+        return size if name is None else ir.SymbolicDim(name)
+
+    def _pinned(self) -> None:
+        """Weights computed by a statistic over a pruned axis become initializers."""
         coupling, poison = self.coupling, self.analysis.poison
         statistics = {f.node for f in coupling.relations.flows if self._touched(f.axis) and pinned(coupling, f, poison)}
         statistics |= self._doubled()
@@ -134,7 +146,6 @@ class _Rewriter:
             sliced = slice_tensor(ir.tensor(array), masks, value.name or "")
             twin = self.twin.value(value)
             twin.replace_all_uses_with(self.twin.constant(sliced, f"{value.name}_spa", like=twin))
-        return [op.node for op in coupling.ops if coupling.constants.issuperset(op.node.outputs)] if results else []
 
     # -- sizes read from tensors -------------------------------------------------------------------------------------
 
@@ -264,6 +275,13 @@ class _Rewriter:
             entries = {k: sizes for k, sizes in entries.items() if sizes[0] != sizes[1]}
         if not entries:
             return current
+        key = (original, current, *sorted((k, str(old), str(new)) for k, (old, new) in entries.items()))
+        if key not in self._made:
+            self._made[key] = self._edited(original, current, entries)
+        return self._made[key]
+
+    def _edited(self, original: ir.Value, current: ir.Value, entries: Mapping[int, tuple[Size, Size]]) -> ir.Value:
+        known = self.coupling.shapes.const(original)
         if known is not None and all(isinstance(v, (int, np.integer)) for v in known.reshape(-1)):
             values = np.array([int(v) for v in known.reshape(-1)], dtype=np.int64)
             for k, (_, new) in entries.items():
@@ -350,143 +368,3 @@ def slice_tensor(tensor: ir.TensorProtocol, masks: Sequence[Mask | None], name: 
     """`tensor` with only the positions in `masks` (per axis, None keeps all); read and cut when it is written."""
     picks = [(axis, np.flatnonzero(mask)) for axis, mask in enumerate(masks) if mask is not None and not mask.all()]
     return picked(tensor, picks, name)
-
-
-def computed(model: ir.Model, values: Sequence[ir.Value]) -> list[NDArray[Any]]:
-    """The values that a model computes from its initializers alone."""
-    if not values:
-        return []
-    from onnx.reference import ReferenceEvaluator  # rarely needed, slow to import
-
-    twin = Twin(model)
-    graph = twin.model.graph
-    graph.inputs.clear()
-    graph.outputs.clear()
-    graph.outputs.extend(twin.value(v) for v in values)
-    twin.sweep(list(model.graph))
-    return list(ReferenceEvaluator(ir.to_proto(twin.model)).run(None, {}))
-
-
-class Twin:
-    """A copy of a model to edit, with a map from the original's nodes and values to the copy's."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model.clone()
-        self._nodes: dict[ir.Node, ir.Node] = {}
-        self._values: dict[ir.Value, ir.Value] = {}
-        self._names: set[str] = set()
-        self.made: dict[ir.Value, ir.TensorProtocol] = {}
-        """New constants and what they held at first."""
-        self._pair(model.graph, self.model.graph)
-
-    def _pair(self, a: ir.Graph, b: ir.Graph) -> None:
-        self._values.update(zip(a.inputs, b.inputs, strict=True))
-        for name, value in a.initializers.items():
-            self._values[value] = b.initializers[name]
-        for x, y in zip(a, b, strict=True):
-            self._nodes[x] = y
-            self._values.update(zip(x.outputs, y.outputs, strict=True))
-            for name, attribute in x.attributes.items():
-                if attribute.type == ir.AttributeType.GRAPH:
-                    self._pair(attribute.as_graph(), y.attributes[name].as_graph())
-        self._names.update(v.name or "" for v in self._values)
-
-    def node(self, node: ir.Node) -> ir.Node:
-        """The copy of a node."""
-        return self._nodes[node]
-
-    def value(self, value: ir.Value) -> ir.Value:
-        """The copy of a value."""
-        return self._values[value]
-
-    def pairs(self) -> Iterable[tuple[ir.Value, ir.Value]]:
-        """(value, its copy) for all values."""
-        return self._values.items()
-
-    def sweep(self, nodes: Sequence[ir.Node]) -> None:
-        """Take out those of `nodes` whose results nobody reads, and the initializers that only they read."""
-        graph = self.model.graph
-        for node in reversed([self._nodes[n] for n in nodes]):
-            if node.graph is graph and not any(v.is_graph_output() or v.uses() for v in node.outputs):
-                sources = [v for v in node.inputs if v is not None]
-                graph.remove(node, safe=True)
-                for value in sources:
-                    name = value.name or ""
-                    idle = not (value.uses() or value.is_graph_output() or value.is_graph_input())
-                    if idle and graph.initializers.get(name) is value:
-                        del graph.initializers[name]
-
-    def fresh(self, hint: str) -> str:
-        """A name no value has yet."""
-        name, k = hint, 1
-        while name in self._names:
-            k += 1
-            name = f"{hint}{k}"
-        self._names.add(name)
-        return name
-
-    def constant(self, tensor: ir.TensorProtocol, hint: str, like: ir.Value | None) -> ir.Value:
-        """A new constant in the main graph, visible in all subgraphs.
-
-        Before IR version 4 an initializer would also have to be a graph input, so it is a `Constant` node there.
-        """
-        del like
-        graph = self.model.graph
-        name = self.fresh(hint)
-        if self.model.ir_version >= 4:
-            value = ir.Value(
-                name=name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-            )
-            graph.register_initializer(value)
-            self.made[value] = tensor
-            return value
-        node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1, name=name)
-        node.outputs[0].name = name
-        first = next(iter(graph), None)
-        if first is None:
-            graph.append(node)
-        else:
-            graph.insert_before(first, node)
-        self.made[node.outputs[0]] = tensor
-        return node.outputs[0]
-
-    def after(
-        self,
-        value: ir.Value,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        attributes: Sequence[ir.Attr] = (),
-        before: ir.Node | None = None,
-        domain: str = "",
-        outputs: int = 1,
-    ) -> ir.Value:
-        """A new node right behind the producer of `value` (or before `before`); returns its first output."""
-        name = self.fresh(f"{value.name}_{op_type.lower()}_spa")
-        node = ir.Node(domain, op_type, inputs, attributes, num_outputs=outputs, name=name)
-        for k, output in enumerate(node.outputs):
-            output.name = name if k == 0 else self.fresh(f"{name}_{k}")
-        producer = value.producer()
-        if before is not None:
-            assert before.graph is not None
-            before.graph.insert_before(before, node)
-        elif producer is not None and producer.graph is not None:
-            producer.graph.insert_after(producer, node)
-        else:
-            graph = value.graph if isinstance(value.graph, ir.Graph) else self.model.graph
-            graph.insert_before(next(iter(graph)), node)
-        return node.outputs[0]
-
-    def publish(self, old: ir.Value, new: ir.Value) -> None:
-        """Where `old` is an output of its graph, let `new` take its place and its name."""
-        graph = old.graph
-        if not isinstance(graph, ir.Graph) or not old.is_graph_output():
-            return
-        for k, output in enumerate(graph.outputs):
-            if output is old:
-                graph.outputs[k] = new
-        name, old.name = old.name, self.fresh(f"{old.name}_unread")
-        new.name, new.type = name, old.type
-
-    def rank_zero(self, value: ir.Value) -> bool:
-        """Whether a value is known to be a scalar."""
-        return value.shape is not None and len(value.shape) == 0

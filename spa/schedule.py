@@ -15,8 +15,9 @@ from spa.cost import Metric
 from spa.errors import UsageError
 from spa.groups import Analysis, Group, analyze_model
 from spa.removal import Mask, kept_without
-from spa.rewrite import Twin, rewritten
+from spa.rewrite import rewritten
 from spa.study import Fit, Removed, Scored, Study
+from spa.twin import Twin
 
 Index = NDArray[np.int64]
 

@@ -17,8 +17,8 @@ from spa.compensate.rotation import DAMPING, Mixer, Rotation
 from spa.least_squares import refit
 from spa.measured import Measured
 from spa.removal import Mask
-from spa.rewrite import Twin
 from spa.sites import Site, constant_of, exchange, site_of
+from spa.twin import Twin
 
 
 def stitch(

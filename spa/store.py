@@ -182,7 +182,7 @@ def publish(temporary: dict[Path, Path]) -> None:
 
 def _light(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:
     proto, weights = lighten(model, attributes=True)
-    infer(proto, None)
+    infer(proto, None, names=True)
     return proto, weights
 
 

@@ -31,10 +31,11 @@ from spa.methods import Method
 from spa.options import Scope, choose
 from spa.progress import Progress, silent
 from spa.removal import Mask, kept_without
-from spa.rewrite import Twin, rewritten
+from spa.rewrite import rewritten
 from spa.sensitivity import curves, divergence, few, outputs
 from spa.sites import constant_of, exchange
 from spa.stitch import stitch
+from spa.twin import Twin
 
 SAMPLES = 256
 """On which the outputs of the pruned model are compared with the original's."""

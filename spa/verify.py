@@ -30,10 +30,10 @@ from spa.feeds import runnable_feeds
 from spa.groups import Analysis
 from spa.plan import Removal
 from spa.removal import Mask, changed_leaves
-from spa.rewrite import Twin
 from spa.rules import Flow
 from spa.runtime import Session, open_session, released, run
 from spa.store import save, unpack
+from spa.twin import Twin
 
 TOLERANCE = 1e-4
 """Largest accepted relative error in float32: rounding in another order, nothing else."""

@@ -26,7 +26,7 @@ LAYERS = (
         "least_squares",
     },
     {"typed", "axes", "cache", "inference", "runtime", "shelf", "signature"},
-    {"external", "feeds", "footprint"},
+    {"external", "feeds", "footprint", "twin"},
     {"store", "bench", "calibration"},
     {"graph", "decisions"},
     {"rules", "metrics"},

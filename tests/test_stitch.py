@@ -11,9 +11,10 @@ from spa.compensate.rotation import find_rotations
 from spa.executors.segments import Segments
 from spa.measured import Measured
 from spa.removal import kept_without
-from spa.rewrite import Twin, rewritten
+from spa.rewrite import rewritten
 from spa.sensitivity import divergence, outputs
 from spa.stitch import stitch
+from spa.twin import Twin
 from tests.trained import images, trained
 
 

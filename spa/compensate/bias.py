@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from spa.rewrite import Twin
 from spa.sites import Site, constant_of, exchange
+from spa.twin import Twin
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from spa.consumers import Tap
 from spa.groups import Group
 from spa.measured import Measured
 from spa.removal import kept_without
-from spa.rewrite import Twin
 from spa.sites import Site, exchange, site_of
+from spa.twin import Twin
 
 Index = NDArray[np.int64]
 Removed = tuple[Group, Sequence[int]]

@@ -24,8 +24,8 @@ from spa.executors.segments import Segments
 from spa.groups import Analysis
 from spa.progress import Progress, silent
 from spa.removal import Mask
-from spa.rewrite import Twin
 from spa.sites import constant_of, exchange
+from spa.twin import Twin
 
 _LARGEST = 10.0
 """Factor by which a channel is scaled at most: a channel that has nearly died is not to be blown up."""

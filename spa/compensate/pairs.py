@@ -14,8 +14,8 @@ from spa.coupling import Coupling
 from spa.executors.fused import SUFFIX
 from spa.groups import Analysis
 from spa.removal import Mask, changed_leaves
-from spa.rewrite import Twin
 from spa.sites import Site, constant_of, find_sites, site_of
+from spa.twin import Twin
 
 
 @dataclass(frozen=True, eq=False)

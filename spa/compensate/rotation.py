@@ -25,8 +25,8 @@ from spa.groups import Group
 from spa.least_squares import refit
 from spa.measured import Measured
 from spa.removal import Mask
-from spa.rewrite import Twin
 from spa.sites import Site, constant_of, exchange, site_of
+from spa.twin import Twin
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]

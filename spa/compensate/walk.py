@@ -28,9 +28,9 @@ from spa.least_squares import DAMPINGS, Refitter, transfer
 from spa.moments import Joint
 from spa.progress import Progress, silent
 from spa.removal import Mask
-from spa.rewrite import Twin
 from spa.runtime import Value, place
 from spa.sites import constant_of, exchange
+from spa.twin import Twin
 
 LARGEST = 1024
 """Columns above which one half is used for fitting only, to save time."""

@@ -20,8 +20,9 @@ from spa.metrics import Custom, Drop
 from spa.metrics import Metric as Measure
 from spa.prepare import Prepared
 from spa.removal import kept_without
-from spa.rewrite import Twin, rewritten
+from spa.rewrite import rewritten
 from spa.study import Fit, Scored
+from spa.twin import Twin
 
 RESOLUTION = 0.01
 """Shares of the minimised cost that are closer than this count as the same."""

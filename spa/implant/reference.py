@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from spa.implant.rewrite import Kernel
-from spa.rewrite import Twin
 from spa.sites import constant_of
+from spa.twin import Twin
 
 
 def embedded(

@@ -18,8 +18,8 @@ from spa.axes import CAT, LEAF, Axis, Solution
 from spa.groups import Analysis
 from spa.implant.candidates import Candidate, Holder, Index, places_in
 from spa.removal import variants
-from spa.rewrite import Twin
 from spa.sites import constant_of
+from spa.twin import Twin
 
 Array = NDArray[Any]
 
