@@ -30,6 +30,10 @@ _WATCH = 0.1
 """Seconds between two looks at memory."""
 _POLITE = 1.2
 """Seconds that a worker has to stop by itself; callers are promised two in all."""
+_RESERVED = 1 << 30
+"""Bytes that libraries and threads ask for and never touch: the kernel counts them, the look at memory does not."""
+_NO_MEMORY = ("bad_alloc", "MemoryError", "Cannot allocate memory", "memory allocation failed")
+"""What is printed by those who end when they get no memory."""
 _FAULTS = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _KEPT = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 """Of the server's environment: nothing that could be a secret."""
@@ -122,7 +126,7 @@ class Process:
             "limits": {
                 "cpu_seconds": limits.cpu_seconds,
                 "file_bytes": limits.file_bytes,
-                "data_bytes": 2 * limits.memory,  # what is asked for is more than what is taken
+                "data_bytes": 2 * limits.memory + _RESERVED if limits.memory else 0,
             },
         }
 
@@ -198,6 +202,11 @@ class Process:
         if status == -signal.SIGXCPU:
             message = f"the job took more than {self._limits.cpu_seconds} seconds of processor time"
             return Ending("failed", "cpu-time", message, stderr)
+        if status != 0 and any(sign in stderr for sign in _NO_MEMORY):
+            message = (
+                f"the job asked for more memory than the {self._limits.memory / 1e6:.0f} MB that workers have here"
+            )
+            return Ending("failed", "memory", message, stderr)
         if status < 0 and -status in _FAULTS:
             name = signal.Signals(-status).name
             return Ending("failed", "crash", f"the worker crashed ({name}); the model may be damaged", stderr)
