@@ -99,7 +99,7 @@ class _Rewriter:
         """Put a sliced tensor into the new model: in place of the original, or beside it."""
         twin = self.twin.value(value)
         if not first:
-            return self.twin.constant(tensor, f"{value.name}_spa", like=twin)
+            return self.twin.constant(tensor, f"{value.name}_spa")
         producer = twin.producer()
         if producer is not None:
             producer.attributes.clear()
@@ -145,7 +145,7 @@ class _Rewriter:
             masks = [self.solution.keep(d, self.kept) if self._touched(d) else None for d in dims]
             sliced = slice_tensor(ir.tensor(array), masks, value.name or "")
             twin = self.twin.value(value)
-            twin.replace_all_uses_with(self.twin.constant(sliced, f"{value.name}_spa", like=twin))
+            twin.replace_all_uses_with(self.twin.constant(sliced, f"{value.name}_spa"))
 
     # -- sizes read from tensors -------------------------------------------------------------------------------------
 
@@ -191,7 +191,7 @@ class _Rewriter:
         dtype = self.coupling.shapes.dtype(value) or ir.DataType.INT64
         tensor = ir.tensor(np.array(known.tolist()).reshape(known.shape).astype(dtype.numpy()))
         twin = self.twin.value(value)
-        constant = self.twin.constant(tensor, f"{value.name}_spa", like=twin)
+        constant = self.twin.constant(tensor, f"{value.name}_spa")
         if twin.is_graph_output():
             self.twin.publish(twin, self.twin.after(twin, "Identity", [constant]))
         twin.replace_all_uses_with(constant)
@@ -202,7 +202,7 @@ class _Rewriter:
         scalar = self.twin.rank_zero(value)
         for op_type, numbers in (("Div", divide), ("Mul", multiply)):
             array = np.array(numbers[0] if scalar else list(numbers), dtype=np.int64)
-            constant = self.twin.constant(ir.tensor(array), f"{value.name}_{op_type.lower()}", like=value)
+            constant = self.twin.constant(ir.tensor(array), f"{value.name}_{op_type.lower()}")
             value = self.twin.after(value, op_type, [value, constant])
         return value
 
@@ -220,7 +220,7 @@ class _Rewriter:
                 continue
             node = self.twin.node(pin.node)
             if isinstance(pin.slot, int):
-                value = self.twin.constant(ir.tensor(np.array(pin.value)), f"{node.name}_pinned", like=None)
+                value = self.twin.constant(ir.tensor(np.array(pin.value)), f"{node.name}_pinned")
                 if pin.slot >= len(node.inputs):
                     node.resize_inputs(pin.slot + 1)
                 node.replace_input_with(pin.slot, value)
@@ -258,7 +258,7 @@ class _Rewriter:
             sizes = [_int(self._new(*e.axes)) for e in sorted(edits, key=lambda e: e.entry or 0)]
             if slot >= len(twin.inputs):
                 twin.resize_inputs(slot + 1)
-            constant = self.twin.constant(ir.tensor(np.array(sizes, dtype=np.int64)), f"{node.name}_sizes", like=None)
+            constant = self.twin.constant(ir.tensor(np.array(sizes, dtype=np.int64)), f"{node.name}_sizes")
             twin.replace_input_with(slot, constant)
             twin.attributes.pop("num_outputs", None)
             return
@@ -288,7 +288,7 @@ class _Rewriter:
                 values[k] = _int(new)
             dtype = self.coupling.shapes.dtype(original) or ir.DataType.INT64
             array = values.reshape(known.shape).astype(dtype.numpy())
-            return self.twin.constant(ir.tensor(array), f"{original.name}_spa", like=current)
+            return self.twin.constant(ir.tensor(array), f"{original.name}_spa")
         producer, twin = original.producer(), current.producer()
         if producer is not None and twin is not None and producer.op_type == twin.op_type == "Concat":
             return self._patched_concat(producer, twin, entries, current)
@@ -328,9 +328,7 @@ class _Rewriter:
             assert value is not None
             old = np.array([int(v) % len(source) for v in known.reshape(-1)], dtype=np.int64)
             array = rank[old[target]].reshape(-1, *known.shape[1:])
-            node.replace_input_with(
-                remap.slot, self.twin.constant(ir.tensor(array), f"{value.name}_spa", like=node.inputs[remap.slot])
-            )
+            node.replace_input_with(remap.slot, self.twin.constant(ir.tensor(array), f"{value.name}_spa"))
             return
         # a strided Slice keeps its survivors as a Gather
         starts, axes, steps = (self._numbers(remap.node, s) for s in (1, 3, 4))
@@ -341,7 +339,7 @@ class _Rewriter:
         old = np.array(range(len(source))[slice(starts[0], stop, step)], dtype=np.int64)
         data = node.inputs[0]
         assert data is not None
-        index = self.twin.constant(ir.tensor(rank[old[target]]), f"{node.name}_index", like=data)
+        index = self.twin.constant(ir.tensor(rank[old[target]]), f"{node.name}_index")
         gathered = self.twin.after(data, "Gather", [data, index], [ir.AttrInt64("axis", axis)], before=node)
         self.twin.publish(node.outputs[0], gathered)
         node.outputs[0].replace_all_uses_with(gathered)

@@ -67,12 +67,11 @@ class Twin:
         self._names.add(name)
         return name
 
-    def constant(self, tensor: ir.TensorProtocol, hint: str, like: ir.Value | None) -> ir.Value:
+    def constant(self, tensor: ir.TensorProtocol, hint: str) -> ir.Value:
         """A new constant in the main graph, visible in all subgraphs.
 
         Before IR version 4 an initializer would also have to be a graph input, so it is a `Constant` node there.
         """
-        del like
         graph = self.model.graph
         name = self.fresh(hint)
         if self.model.ir_version >= 4:

@@ -85,7 +85,7 @@ def zeroed(model: ir.Model, removed: Sequence[Removal]) -> ir.Model:
                 producer.attributes.clear()
                 producer.attributes["value"] = ir.AttrTensor("value", blank)
             else:
-                copy = twin.constant(blank, f"{value.name}_zeroed", like=value)
+                copy = twin.constant(blank, f"{value.name}_zeroed")
                 for node, slot in uses:
                     node.replace_input_with(slot, copy)
     return twin.model
@@ -182,11 +182,11 @@ class _Masker:
         tensor = value.const_value if producer is None else tensor_of(producer)
         if tensor is not None:  # some kernels want their weights constant
             blank = blanked(tensor, d, np.flatnonzero(~mask))
-            twin.replace_input_with(slot, self.twin.constant(blank, f"{value.name}_masked", like=value))
+            twin.replace_input_with(slot, self.twin.constant(blank, f"{value.name}_masked"))
             return
         dtype = self.coupling.shapes.dtype(operand.value) or ir.DataType.FLOAT
-        alive = self.twin.constant(ir.tensor(mask.reshape(shape)), "mask", like=value)
-        zero = self.twin.constant(ir.Tensor(np.zeros((), dtype.numpy()), dtype=dtype), "zero", like=value)
+        alive = self.twin.constant(ir.tensor(mask.reshape(shape)), "mask")
+        zero = self.twin.constant(ir.Tensor(np.zeros((), dtype.numpy()), dtype=dtype), "zero")
         twin.replace_input_with(slot, self.twin.after(value, "Where", [alive, value, zero], before=twin))
 
     def _restrict(self, node: ir.Node, leaves: set[int]) -> None:
@@ -229,14 +229,14 @@ class _Masker:
                 attributes[pin.slot] = ir.AttrFloat32(pin.slot, pin.value)
 
     def _gather(self, value: ir.Value, index: NDArray[np.int64], axis: int, before: ir.Node) -> ir.Value:
-        constant = self.twin.constant(ir.tensor(index), "kept", like=value)
+        constant = self.twin.constant(ir.tensor(index), "kept")
         return self.twin.after(value, "Gather", [value, constant], [ir.AttrInt64("axis", axis)], before=before)
 
     def _spread(self, value: ir.Value, mask: Mask, axis: int) -> ir.Value:
         """Full-size axis again: survivors at their places, any survivor elsewhere (nobody may read it)."""
         index = np.maximum(np.cumsum(mask) - 1, 0)
         readers = list(value.uses())
-        constant = self.twin.constant(ir.tensor(index), "spread", like=value)
+        constant = self.twin.constant(ir.tensor(index), "spread")
         wide = self.twin.after(value, "Gather", [value, constant], [ir.AttrInt64("axis", axis)])
         for node, slot in readers:
             node.replace_input_with(slot, wide)

@@ -55,7 +55,7 @@ def bias_of(twin: Twin, site: Site) -> Bias:
     if present is not None:
         start = present.numpy().reshape(count)
     first = ir.Tensor(start.astype(weight.dtype.numpy()), dtype=weight.dtype)
-    constant = twin.constant(first, f"{site.name}_bias", like=None)
+    constant = twin.constant(first, f"{site.name}_bias")
     if inside:
         if slot >= len(site.node.inputs):
             site.node.resize_inputs(slot + 1)

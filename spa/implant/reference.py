@@ -37,12 +37,12 @@ def embedded(
         middle = tuple(k // 2 for k in array.shape[2:])
         array[list(rows)] = 0
         array[(np.array(rows)[:, None], np.array(inputs[name])[None, :], *middle)] = kernel.weight
-        node.replace_input_with(1, twin.constant(ir.Tensor(array, dtype=tensor.dtype), f"{name}_reference", like=None))
+        node.replace_input_with(1, twin.constant(ir.Tensor(array, dtype=tensor.dtype), f"{name}_reference"))
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         present = None if bias is None else constant_of(bias)
         numbers = np.zeros(len(array), array.dtype) if present is None else np.array(present.numpy())
         numbers[list(rows)] = kernel.bias
         if len(node.inputs) < 3:
             node.resize_inputs(3)
-        node.replace_input_with(2, twin.constant(ir.Tensor(numbers, dtype=tensor.dtype), f"{name}_bias", like=None))
+        node.replace_input_with(2, twin.constant(ir.Tensor(numbers, dtype=tensor.dtype), f"{name}_bias"))
     return twin.model

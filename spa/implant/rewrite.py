@@ -107,7 +107,7 @@ def _reorder(analysis: Analysis, twin: Twin, orders: Mapping[int, Index]) -> Non
                     array = array if pick is None else np.take(array, pick, axis=axis)
                 fresh = ir.Tensor(np.ascontiguousarray(array), dtype=tensor.dtype, name=tensor.name)
                 if made or taken:
-                    made[key] = twin.constant(fresh, f"{value.name}_spa", like=None)
+                    made[key] = twin.constant(fresh, f"{value.name}_spa")
                 else:
                     made[key] = twin.value(value)
                     put(made[key], fresh)
@@ -166,7 +166,7 @@ def _split(twin: Twin, holder: Holder, count: int, kernel: Kernel) -> None:
     stays = before.shape.numpy()[0] - count
     put(weight, ir.Tensor(before.numpy()[:stays], dtype=before.dtype, name=before.name))
     small = kernel.weight.reshape(count, -1, *[1] * len(holder.site.kernel)).astype(before.dtype.numpy())
-    inputs = [x, twin.constant(ir.Tensor(small, dtype=before.dtype), f"{weight.name}_implant", like=None)]
+    inputs = [x, twin.constant(ir.Tensor(small, dtype=before.dtype), f"{weight.name}_implant")]
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     present = None if bias is None else constant_of(bias)
     if bias is not None and present is not None:
@@ -174,10 +174,10 @@ def _split(twin: Twin, holder: Holder, count: int, kernel: Kernel) -> None:
         if len(bias.uses()) == 1:
             put(bias, fresh)
         else:
-            node.replace_input_with(2, twin.constant(fresh, f"{bias.name}_kept", like=None))
+            node.replace_input_with(2, twin.constant(fresh, f"{bias.name}_kept"))
     if present is not None or kernel.bias.any():
         numbers = ir.Tensor(kernel.bias.astype(before.dtype.numpy()), dtype=before.dtype)
-        inputs.append(twin.constant(numbers, f"{name}_implant_bias", like=None))
+        inputs.append(twin.constant(numbers, f"{name}_implant_bias"))
     output = node.outputs[0]
     readers = list(output.uses())
     settings = [
