@@ -52,7 +52,7 @@ def damaged(start: int, count: int, seed: int) -> None:
                 print(number, "read", flush=True)
             except SpaError as error:
                 print(number, error.code, flush=True)
-            except Exception as error:
+            except Exception as error:  # what the benchmark looks for
                 print(number, f"UNFORESEEN {type(error).__name__} {str(error)[:100]}", flush=True)
 
 

@@ -96,3 +96,13 @@ class GateError(SpaError):
 
     code = "gate"
     exit_status = 11
+
+
+def kinds() -> set[type[SpaError]]:
+    """All of this module; those that others derive from them are not of the interface."""
+    found, queue = set[type[SpaError]](), [SpaError]
+    while queue:
+        kind = queue.pop()
+        found.add(kind)
+        queue.extend(k for k in kind.__subclasses__() if k.__module__ == SpaError.__module__)
+    return found

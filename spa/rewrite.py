@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from spa.axes import Axis
 from spa.blocks import picked
@@ -271,7 +272,7 @@ class _Rewriter:
     def _patched(self, original: ir.Value, current: ir.Value, entries: Mapping[int, tuple[Size, Size]]) -> ir.Value:
         """The shape operand `current` (a copy of `original`) with some entries set from old to new sizes."""
         known = self.coupling.shapes.const(original)
-        if known is None or not all(isinstance(v, (int, np.integer)) for v in known.reshape(-1)):
+        if known is None or not _all_known(known):
             entries = {k: sizes for k, sizes in entries.items() if sizes[0] != sizes[1]}
         if not entries:
             return current
@@ -282,7 +283,7 @@ class _Rewriter:
 
     def _edited(self, original: ir.Value, current: ir.Value, entries: Mapping[int, tuple[Size, Size]]) -> ir.Value:
         known = self.coupling.shapes.const(original)
-        if known is not None and all(isinstance(v, (int, np.integer)) for v in known.reshape(-1)):
+        if known is not None and _all_known(known):
             values = np.array([int(v) for v in known.reshape(-1)], dtype=np.int64)
             for k, (_, new) in entries.items():
                 values[k] = _int(new)
@@ -348,6 +349,10 @@ class _Rewriter:
         value = node.inputs[slot] if slot < len(node.inputs) else None
         known = self.coupling.shapes.const(value) if value is not None else None
         return [] if known is None else [int(v) for v in known.reshape(-1)]
+
+
+def _all_known(values: NDArray[Any]) -> bool:
+    return all(isinstance(v, (int, np.integer)) for v in values.reshape(-1))
 
 
 def _total(sizes: Iterable[Size]) -> Size:

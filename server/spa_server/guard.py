@@ -99,7 +99,7 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no an
         except grpc.aio.AbortError:
             code = _named(context.code())
             raise
-        except Exception as error:
+        except Exception as error:  # whatever it is, the caller gets a status and no traceback
             refusal = _refusal(method, error)
             code = refusal.code.name
             await context.abort(refusal.code, refusal.message, refusal.trailing)

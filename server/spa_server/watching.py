@@ -95,7 +95,7 @@ class Watcher:
         span = self._tracer.start_span(method, above, SpanKind.SERVER, attributes)
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # raised again: only noted
             span.set_attribute("error.type", type(error).__name__)
             raise
         finally:

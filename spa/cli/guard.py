@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 
 from spa.cli import output
-from spa.errors import SpaError
+from spa.errors import SpaError, kinds
 
 INTERNAL = 70
 """Exit status of an error that nobody foresaw."""
@@ -29,12 +29,7 @@ _CommandLineError: type[BaseException] = typer.BadParameter.__mro__[2]
 def statuses() -> Iterator[tuple[int, str, str]]:
     """Exit statuses: (status, code, meaning), in ascending order."""
     yield 0, "", "success"
-    kinds, queue = set[type[SpaError]](), [SpaError]
-    while queue:
-        kind = queue.pop()
-        kinds.add(kind)
-        queue.extend(k for k in kind.__subclasses__() if k.__module__ == SpaError.__module__)  # not the server's
-    for kind in sorted(kinds, key=lambda k: k.exit_status):
+    for kind in sorted(kinds(), key=lambda k: k.exit_status):
         yield kind.exit_status, kind.code, (kind.__doc__ or "").strip().rstrip(".")
     yield INTERNAL, "internal", "an error nobody foresaw; please report it"
     yield INTERRUPTED, "interrupted", "interrupted with Ctrl-C"

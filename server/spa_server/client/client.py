@@ -325,8 +325,8 @@ class Client:
 
 class _Bearer(
     grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]  # no annotations
-    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
-    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]  # as above
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]  # as above
 ):
     """Adds the token to every call."""
 

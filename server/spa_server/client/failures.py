@@ -5,38 +5,12 @@ from __future__ import annotations
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from spa.errors import (
-    ExternalDataError,
-    GateError,
-    ModelError,
-    OutputError,
-    PlanError,
-    RuntimeFailure,
-    SpaError,
-    TargetError,
-    UnsupportedModelError,
-    UsageError,
-    VerifyError,
-)
+from spa.errors import SpaError, UsageError, kinds
 from spa_server.errors import DETAILS
 
 __all__ = ["error_of", "is_passing", "job_error", "reason_of"]
 
-_KINDS: dict[str, type[SpaError]] = {
-    kind.code: kind
-    for kind in (
-        ExternalDataError,
-        GateError,
-        ModelError,
-        OutputError,
-        PlanError,
-        RuntimeFailure,
-        TargetError,
-        UnsupportedModelError,
-        UsageError,
-        VerifyError,
-    )
-}
+_KINDS = {kind.code: kind for kind in kinds() if kind is not SpaError}
 _PASSING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.OUT_OF_RANGE)
 
 

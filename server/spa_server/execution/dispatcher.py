@@ -165,7 +165,7 @@ class Dispatcher:
                         held[id_].kill(Ending("died", "taken", "another server has the job"))
                 else:
                     stop = await asyncio.to_thread(queue.asked_to_stop, self._database, list(held))
-            except Exception as error:
+            except Exception as error:  # a database that does not answer now may do so before the leases end
                 _log.error("leases cannot be renewed (%s); trying again", _first(error))
                 continue
             for id_ in stop:
@@ -255,7 +255,7 @@ class Dispatcher:
         while True:
             try:
                 return await asyncio.to_thread(call)
-            except Exception as error:
+            except Exception as error:  # raised again if it is hopeless, or takes too long
                 if time.monotonic() > until or isinstance(error, hopeless):
                     raise
                 _log.warning("cannot be written now (%s); trying again", _first(error))

@@ -135,7 +135,7 @@ def _answering(method: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T
     async def call(self: InferenceServicer, request: Any, context: grpc.aio.ServicerContext) -> T:
         try:
             return await method(self, _checked(request), context)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the caller gets a status and no traceback
             refusal = _refusal(error)
         await context.abort(refusal.code, refusal.message, refusal.trailing)
         raise AssertionError("abort raises")
@@ -280,7 +280,7 @@ class InferenceServicer:
     ) -> InferReply | service_pb2.ModelStreamInferResponse:
         try:
             reply = await self._infer(_checked(call), context)
-        except Exception as error:
+        except Exception as error:  # one request fails, the stream goes on
             failed = service_pb2.ModelInferResponse(id="" if isinstance(call, _Malformed) else call.message.id)
             return service_pb2.ModelStreamInferResponse(error_message=_refusal(error).message, infer_response=failed)
         if not isinstance(call, _Malformed) and _FINAL in call.message.parameters:
