@@ -20,8 +20,13 @@ from spa.groups import Group
 
 Align = int | Literal["auto"]
 MinKeep = Callable[[Group], int]
-KERNEL = 8
-"""ONNX Runtime's CPU kernels work in blocks of 8 channels: odd widths are slower than full ones."""
+_CHANNELS = ((16, 96), (8, 24), (4, 16), (2, 8))
+_OTHERS = ((8, 32), (4, 16), (2, 8))
+"""(multiple, least units of a group for it), what kernels like best first. ONNX Runtime computes convolutions in blocks
+of 8 channels (AVX2) or 16 (AVX-512): what does not fill them is padded, or leaves the fast layout. Matrix products
+gain nothing beyond 8. In narrow layers a choice of widths is worth more."""
+KERNEL = _CHANNELS[0][0]
+"""The largest automatic alignment."""
 _FLOOR = 0.1
 """Share of a group that `min_keep=None` keeps as long as the targets allow: global rankings empty layers otherwise."""
 
@@ -55,21 +60,19 @@ class Queue:
 def alignment(group: Group, align: Align) -> int:
     """What the kept number of units should be a multiple of.
 
-    `auto`: 8 for channels, neurons and dims, less in narrow layers (four steps remain); 1 for heads.
+    `auto`: 16 for channels, 8 for neurons and dims, less in narrow layers; 1 for heads.
     """
     if align != "auto":
         return align
     if group.kind in ("head", "kv-head", "expert"):
         return 1
-    step = KERNEL
-    while step > 1 and step * 4 > group.units:
-        step //= 2
-    return step
+    known = _CHANNELS if group.kind == "channel" else _OTHERS
+    return next((step for step, least in known if group.units >= least), 1)
 
 
 def relaxations(align: Align, min_keep: MinKeep | None) -> list[tuple[int, MinKeep]]:
     """(largest alignment, floor) to try in turn: what is automatic yields, what the user said does not."""
-    steps = [KERNEL, 4, 2, 1] if align == "auto" else [align]
+    steps = [*(step for step, _ in _CHANNELS), 1] if align == "auto" else [align]
     if min_keep is not None:
         return [(step, min_keep) for step in steps]
 

@@ -19,7 +19,7 @@ CLASSES = (1, 2, 4, 8, 16, 32)
 """Alignments that are compared: widths that are a multiple of one, and not of its double."""
 _ALIGNED_AT = 0.6
 _LEVELS = 16
-_LEAST = 4
+_LEAST, _MOST = 4, 8
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Configuration:
 
 
 def step_of(group: Group) -> int:
-    """Units kept are a multiple of this: 1 for heads, else 8, in narrow groups 4.
+    """Units kept are a multiple of this: 1 for heads, else 8 (whether 16 is better is measured), in narrow groups 4.
 
     At other widths kernels are slow throughout, which is measured for all groups together (`CLASSES`).
     """
     step = alignment(group, "auto")
-    return step if step == 1 or group.units < 2 * _LEAST else max(step, _LEAST)
+    return step if step == 1 or group.units < 2 * _LEAST else min(max(step, _LEAST), _MOST)
 
 
 def widths_of(group: Group) -> list[int]:
