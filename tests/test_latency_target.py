@@ -313,6 +313,28 @@ def test_steps_know_latency(table: Path) -> None:
     assert result.report.latency.share <= 0.6 * (1 + TOLERANCE)
 
 
+def test_a_family_by_latency(table: Path, tmp_path: Path) -> None:
+    """Points keep to their share as the table has it, and say what the machine takes; `pick` chooses by that."""
+    source = table.with_name("m.onnx")
+    samples = np.random.default_rng(0).normal(size=(96, 3, 12, 12)).astype(np.float32)
+    given = {"calibration": samples, "method": "flap", "latency_table": table, "cache": tmp_path / "cache"}
+    family = spa.frontier(source, output=tmp_path / "family", shares=(0.8, 0.6), minimise="latency", **given)
+    watch = Watch(load(source), None, tmp_path)
+    whole = family.original["latency"]
+    assert [p.share for p in family.points] == [0.6, 0.8]
+    for point in family.points:
+        assert point.costs["latency"] <= point.share * whole
+        cut = spa.apply(source, family.folder / point.plan).model
+        assert point.measured_ms == pytest.approx(watch.ratio(cut)[1])
+        assert point.measured_ms > point.costs["latency"]  # the table is wrong on this machine
+    small, large = family.points
+    between = (small.measured_ms + large.measured_ms) / 2
+    found = spa.pick(family, target=f"latency={between}ms", calibration=samples)
+    assert found.plan.removed == spa.apply(source, family.folder / small.plan).plan.removed
+    with pytest.raises(TargetError, match="no point"):
+        spa.pick(family, target=f"latency={small.measured_ms * 0.9}ms", calibration=samples)
+
+
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 

@@ -190,7 +190,7 @@ def _show(family: Family, page: Path) -> None:
         cells = [str(p.index), f"{p.share:g}", output.count(round(p.costs["macs"]))]
         cells += [output.count(round(p.costs["parameters"])), output.size(round(p.costs["bytes"]))]
         if timed:
-            cells.append(f"{p.measured_ms if p.measured_ms is not None else p.costs['latency']:.3g} ms")
+            cells.append(f"{p.cost('latency'):.3g} ms")
         cells += [f"{p.drop.after:.4g}", f"{p.drop.drop:.4g}", "-" if p.drop.error is None else f"{p.drop.error:.2g}"]
         rows.append([*cells, "" if p.front else "another is better"])
     screen.print(output.table(columns, rows, right=columns[:-1]))

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spa.cost import Metric
 from spa.errors import OutputError, PlanError
 from spa.metrics import Drop
 
@@ -46,6 +47,14 @@ class Point:
     """Whether no other point is as cheap and as good, and better in one of the two."""
     measured_ms: float | None = None
     """Latency of one run, measured; None where it was not."""
+
+    def cost(self, metric: Metric) -> float:
+        """What the model costs: latency as it was measured, where it was.
+
+        Raises:
+            KeyError: the family does not know that cost.
+        """
+        return self.measured_ms if metric == "latency" and self.measured_ms is not None else self.costs[metric]
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def choose(family: Family, target: str | list[str] | None, index: int | None) ->
         least = min(p.drop.drop for p in fits or family.points)
         raise TargetError(f"no point of {family.folder} keeps to {goal.text}: the smallest drop there is {least:.4g}")
     cost = COSTS[family.minimised]
-    return min(good, key=lambda p: (p.costs[cost], p.index)), goal
+    return min(good, key=lambda p: (p.cost(cost), p.index)), goal
 
 
 def _limit(family: Family, goal: Goal) -> float:
@@ -130,13 +130,13 @@ def _limit(family: Family, goal: Goal) -> float:
 def _within(point: Point, target: Target, family: Family) -> bool:
     if target.metric not in point.costs or target.metric not in family.original:
         raise UsageError(f"{target.text}: this frontier does not know that cost; it has {', '.join(family.original)}")
-    return point.costs[target.metric] <= target.bound(family.original[target.metric]) * (1 + 1e-9)
+    return point.cost(target.metric) <= target.bound(family.original[target.metric]) * (1 + 1e-9)
 
 
 def _nearest(family: Family, limits: tuple[Target, ...]) -> str:
     texts = " and ".join(t.text for t in limits)
     least = ", ".join(
-        f"{t.metric}={min(p.costs[t.metric] for p in family.points) / family.original[t.metric]:.3g}" for t in limits
+        f"{t.metric}={min(p.cost(t.metric) for p in family.points) / family.original[t.metric]:.3g}" for t in limits
     )
     return f"no point of {family.folder} meets {texts}: the smallest there is {least}; make a frontier with more shares"
 

@@ -134,11 +134,7 @@ def _point(query: Prepared, found: Candidate, folder: Path) -> Point:
 
 def ranked(family: Family, point: Point, cost: Metric) -> Family:
     """With one more point: all in the order of their cost, those that others beat marked."""
-
-    def price(p: Point) -> float:
-        return p.measured_ms if cost == "latency" and p.measured_ms is not None else p.costs[cost]
-
-    points = sorted((*family.points, point), key=lambda p: (price(p), p.drop.drop, p.share))
+    points = sorted((*family.points, point), key=lambda p: (p.cost(cost), p.drop.drop, p.share))
     best, out = np.inf, []
     for k, p in enumerate(points):
         out.append(replace(p, index=k, front=p.drop.drop < best))
@@ -163,7 +159,7 @@ def _described(
     given = {
         f.name: _text(value)
         for f in fields(Options)
-        if (value := getattr(options, f.name)) != getattr(plain, f.name) and f.name != "calibration"
+        if f.name != "calibration" and (value := getattr(options, f.name)) != getattr(plain, f.name)
     }
     if options.method == "auto":
         given["method"] = query.study.method.name  # `spa pick` need not compare methods again
