@@ -1,15 +1,16 @@
 """Messages and models that make no sense.
 
-    python benchmarks/server_fuzz.py [--messages 10000] [--models 2000] [--seed 0] [--json FILE]
+    python benchmarks/server_fuzz.py [--messages 10000] [--models 10000] [--seed 0] [--json FILE]
 
 Messages go to a server of its own: no crash, no hang, no growth, proper statuses only. Models go through the job layer,
-in a process as workers are: each must end with an error that is explained, or be read; crashes of the process are
-counted, since a worker is there for that.
+in processes with the limits of workers: each must end with an error that is explained, or be read; crashes of the
+process are counted, since a worker is there for that, and so are the largest resident memory and the slowest model.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,9 @@ from tests.server.mutations import attack, mutated
 from tests.server.running import Running
 from tests.server.test_fuzz import PROPER
 
+MEMORY = 2 * 10**9
+"""Bytes that workers may take."""
+
 
 def resident(pid: int) -> float:
     """MB."""
@@ -38,8 +42,10 @@ def damaged(start: int, count: int, seed: int) -> None:
     """Inspect mutated models number `start` to `count`, and print how each ended. Runs in a process of its own."""
     from spa.errors import SpaError
     from spa.jobs import InspectSpec, Store, run
+    from spa_server.worker import limit
     from tests.small_models import attention, cnn
 
+    limit({"cpu_seconds": 0, "file_bytes": 20 * 10**9, "data_bytes": 2 * MEMORY + (1 << 30)})
     nets = [net.SerializeToString() for net in (cnn(), attention())]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -47,29 +53,36 @@ def damaged(start: int, count: int, seed: int) -> None:
             path = folder / "net.onnx"
             path.write_bytes(mutated(nets[number % 2], np.random.default_rng([seed, number])))
             store = Store({"models/1": path}, folder, folder)
+            begun = time.monotonic()
             try:
                 run(InspectSpec("models/1"), store, lambda event: None, lambda: False)
-                print(number, "read", flush=True)
+                ended = "read"
             except SpaError as error:
-                print(number, error.code, flush=True)
+                ended = error.code
             except Exception as error:  # what the benchmark looks for
-                print(number, f"UNFORESEEN {type(error).__name__} {str(error)[:100]}", flush=True)
+                ended = f"UNFORESEEN {type(error).__name__} {str(error)[:100]}"
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(number, f"{time.monotonic() - begun:.3f}", most, ended, flush=True)
 
 
-def models(count: int, seed: int) -> Counter[str]:
-    """How mutated models ended."""
+def models(count: int, seed: int) -> tuple[Counter[str], float, float]:
+    """How mutated models ended, the seconds of the slowest, and the MB of the largest process."""
     codes: Counter[str] = Counter()
+    slowest = largest = 0.0
     start = 0
     while start < count:
         command = [sys.executable, __file__, "--damaged", f"{start},{count},{seed}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.partition(" ")[0].isdecimal()]
-        codes.update(line.partition(" ")[2] for line in lines)
+        for line in lines:
+            _, seconds, most, ended = line.split(" ", 3)
+            codes[ended] += 1
+            slowest, largest = max(slowest, float(seconds)), max(largest, int(most) * 1024 / 1e6)
         start = int(lines[-1].split()[0]) + 1 if lines else start
         if done.returncode:
             codes[f"crash {done.returncode}"] += 1
             start += 1
-    return codes
+    return codes, slowest, largest
 
 
 def main() -> None:
@@ -77,14 +90,14 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--models", type=int, default=2000)
+    parser.add_argument("--models", type=int, default=10_000)
     parser.add_argument("--damaged", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.damaged:
         damaged(*map(int, arguments.damaged.split(",")))
         return
-    ended = models(arguments.models, arguments.seed)
-    print("models:", dict(ended), flush=True)
+    ended, longest, most = models(arguments.models, arguments.seed)
+    print("models:", dict(ended), f"slowest {longest:.2f} s, largest process {most:.0f} MB", flush=True)
     codes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         server = Running(Path(name)).start()
@@ -105,7 +118,15 @@ def main() -> None:
     print("improper:", bad or "none", "| unforeseen errors:", unforeseen, "| exit status:", status)
     write(
         arguments.json,
-        {"codes": codes, "slowest": slowest, "memory": memory, "unforeseen": unforeseen, "models": ended},
+        {
+            "codes": codes,
+            "slowest": slowest,
+            "memory": memory,
+            "unforeseen": unforeseen,
+            "models": ended,
+            "slowest_model": longest,
+            "largest_process": most,
+        },
     )
     wrong = [code for code in ended if code.startswith("UNFORESEEN")]
     raise SystemExit(bool(bad or unforeseen or status or wrong))

@@ -37,7 +37,8 @@ from spa_server.callers import Callers, current
 from spa_server.cleaning import keep_clean
 from spa_server.config import Config, listener, seconds, size
 from spa_server.database import Database, connect
-from spa_server.execution import Dispatcher
+from spa_server.execution.dispatcher import Dispatcher
+from spa_server.execution.executor import executor_of
 from spa_server.guard import OPEN, Guard
 from spa_server.logs import Audit
 from spa_server.names import owner_folder
@@ -104,7 +105,7 @@ class Server:
         quota = size(config.quotas.bytes)
         self.uploads = Uploads(database, blobs, config.data / "uploads", size(config.limits.upload), quota)
         self._changes, self.watcher = Changes(), Watcher()
-        self.dispatcher = Dispatcher(config, database, blobs, name, self._changes.tell)
+        self.dispatcher = Dispatcher(config, database, blobs, executor_of(config, name), name, self._changes.tell)
         self._audit = Audit(config.audit or config.data / "audit.log")
         self.callers = Callers(database, tokens=config.tokens)
         self._message = size(config.limits.message)

@@ -6,11 +6,12 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -21,6 +22,12 @@ __all__ = ["PIECE", "Blobs", "digest_of"]
 
 PIECE = 1 << 20
 """Bytes that are read at a time."""
+_AHEAD = 4 << 20
+"""Bytes that are fetched from an object store at a time; its clients would take ten times that for each reader."""
+_OPTIONS = {"s3": {"max_concurrency": 2}}
+"""Of clients of stores: parts of one file that are on their way, which are in memory, at the same time."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+T = TypeVar("T")
 
 
 class Blobs:
@@ -34,13 +41,25 @@ class Blobs:
         Raises:
             UsageError: the URL is wrong, or the package for it is missing.
         """
+        # What other servers store is not in lists that this one remembers, and no other part of the process may share
+        # a client whose settings were read before ours.
+        options = {"use_listings_cache": False, "skip_instance_cache": True, **_OPTIONS.get(url.partition(":")[0], {})}
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._fs, self._root = fsspec.core.url_to_fs(url, **options)
         except (ValueError, ImportError) as error:
-            raise UsageError(f"blobs: {url!r} cannot be used ({error})") from error
+            hint = "; install spa-prune[s3]" if url.startswith("s3:") and isinstance(error, ImportError) else ""
+            raise UsageError(f"blobs: {url!r} cannot be used ({error}){hint}") from error
         self.local = isinstance(self._fs, LocalFileSystem)
         if self.local:
             os.makedirs(self._root, mode=0o700, exist_ok=True)
+            return
+        try:
+            self._probe()
+        except OSError as error:
+            raise UsageError(
+                f"blobs: nothing can be stored at {url!r} ({_first(error)}); check the URL, that its bucket exists, "
+                "and what its client reads from the environment, such as AWS_ENDPOINT_URL and AWS_ACCESS_KEY_ID"
+            ) from error
 
     def put(self, file: Path, sha256: str) -> None:
         """Take a file, which is gone afterwards; all or nothing, and on disk when this returns.
@@ -50,7 +69,7 @@ class Blobs:
         """
         target = self._path(sha256)
         if not self.local:
-            self._fs.put_file(str(file), target)
+            self._ask(self._fs.put_file, str(file), target)
             file.unlink()
             return
         Path(target).parent.mkdir(mode=0o700, exist_ok=True)
@@ -89,15 +108,20 @@ class Blobs:
     @contextlib.contextmanager
     def open(self, sha256: str) -> Iterator[BinaryIO]:
         """Its bytes, from anywhere. Raises: FileNotFoundError, OSError."""
-        with self._fs.open(self._path(sha256), "rb") as file:
-            yield cast("BinaryIO", file)
+        path = self._path(sha256)
+        if self.local:
+            with open(path, "rb") as file:
+                yield file
+            return
+        with self._ask(self._fs.open, path, "rb", block_size=_AHEAD) as remote:
+            yield cast("BinaryIO", _Remote(remote, self._ask))
 
     def place(self, sha256: str, path: Path) -> None:
         """Put a copy, or where that is the same a link, at `path`. Raises: OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
         source = self._path(sha256)
         if not self.local:
-            self._fs.get_file(source, str(path))
+            self._ask(self._fs.get_file, source, str(path))
             return
         try:
             os.link(source, path)
@@ -109,18 +133,56 @@ class Blobs:
     def remove(self, sha256: str) -> None:
         """Get rid of it, if it is there. Raises: OSError."""
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._path(sha256))
+            self._ask(self._fs.rm_file, self._path(sha256))
 
     def has(self, sha256: str) -> bool:
         """Whether it is there."""
-        return bool(self._fs.exists(self._path(sha256)))
+        return bool(self._ask(self._fs.exists, self._path(sha256)))
 
     def every(self) -> list[str]:
         """Digests of all that is there."""
-        return sorted(os.path.basename(path) for path in self._fs.find(self._root))
+        names = (os.path.basename(path) for path in self._ask(self._fs.find, self._root))
+        return sorted(name for name in names if _SHA256.fullmatch(name))
+
+    def _probe(self) -> None:
+        """Raises: OSError if nothing can be written."""
+        path = f"{self._root}/probe-{secrets.token_hex(8)}"
+        self._ask(self._fs.pipe_file, path, b"")
+        self._ask(self._fs.rm_file, path)
+
+    @staticmethod
+    def _ask(call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Raises: OSError, whatever the client of a store raises."""
+        try:
+            return call(*arguments, **options)
+        except OSError:
+            raise
+        except Exception as error:  # each client has exceptions of its own
+            raise OSError(errno.EIO, f"the store does not answer ({_first(error)})") from error
 
     def _path(self, sha256: str) -> str:
         return f"{self._root}/{sha256[:2]}/{sha256}"
+
+
+class _Remote:
+    """A file of a store, as far as it is read from here."""
+
+    def __init__(self, file: Any, ask: Callable[..., Any]) -> None:
+        self._file, self._ask = file, ask
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises: OSError."""
+        data: bytes = self._ask(self._file.read, size)
+        return data
+
+    def seek(self, offset: int) -> int:
+        """Nothing is fetched."""
+        return int(self._file.seek(offset))
+
+
+def _first(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def digest_of(path: Path) -> str:

@@ -67,6 +67,13 @@ class Workers:
     """After so long without a sign of life of its server, a running job is begun again by another."""
     file: str = "20GB"
     """Bytes of one file that a job may write."""
+    cpus: float = 1.0
+    """Processors that a job takes of a node, where the executor is a cluster; besides `memory`."""
+    gpus: float = 0.0
+    """Graphics processors, likewise."""
+    folder: str = ""
+    """Of the nodes, for files of jobs; one that they share lets a job go on at another node where it was. A folder for
+    temporary files by default."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,9 @@ class Config:
     auth: Literal["none", "tokens"] | None = None
     """Who may call: everyone (`none`, the default on the loopback interface), or who has a token (`tokens`, the default
     elsewhere)."""
+    executor: str = "process"
+    """Where jobs are done: `process` (of this machine), `ray` (the Ray cluster of this machine, or RAY_ADDRESS),
+    `ray://local` (one that is started for this server) or ray://HOST:PORT."""
     insecure: bool = False
     """Listen beyond the loopback interface without TLS or without tokens all the same."""
     tls: Tls = field(default_factory=Tls)
@@ -300,6 +310,14 @@ def _placed(body: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return out
 
 
+def _check_executor(config: Config, where: str) -> None:
+    name, workers = config.executor, config.workers
+    if not re.fullmatch(r"process|ray|ray://local|ray://[^/@?]+:\d+", name):
+        raise UsageError(f"{where}: executor: {name!r} is none; write process, ray, ray://local or ray://HOST:PORT")
+    if workers.cpus < 0 or workers.gpus < 0 or workers.cpus + workers.gpus == 0:
+        raise UsageError(f"{where}: workers: cpus and gpus must be 0 or more, and not both 0")
+
+
 def _check(config: Config, where: str) -> None:
     place, tls, workers = listener(config.listen), config.tls, config.workers
     for name, text in (("limits: upload", config.limits.upload), ("limits: message", config.limits.message)):
@@ -317,6 +335,7 @@ def _check(config: Config, where: str) -> None:
     for name in ("pending", "memory"):
         size(getattr(config.serving, name), f"{where}: serving: {name}")
     seconds(config.serving.time, f"{where}: serving: time")
+    _check_executor(config, where)
     if workers.count < 0 or workers.attempts < 1 or config.limits.requests < 1 or config.limits.files < 1:
         raise UsageError(f"{where}: workers: count must be 0 or more, attempts, requests and files 1 or more")
     if (tls.certificate is None) != (tls.key is None):

@@ -13,8 +13,9 @@ from spa_server._generated import jobs_pb2, models_pb2
 from spa_server.errors import invalid
 
 if TYPE_CHECKING:  # clients have no database
-    from spa_server.database.collections import Collection, StoredFile
+    from spa_server.database.collections import Collection
     from spa_server.database.jobs import Event, Job
+    from spa_server.held import StoredFile
 
 __all__ = [
     "dataset_message",

@@ -17,8 +17,9 @@ from sqlalchemy import Connection, select
 from spa.errors import ModelError
 from spa_server.blobs import Blobs
 from spa_server.database import Database
-from spa_server.database.collections import StoredFile, files_of
+from spa_server.database.collections import files_of
 from spa_server.database.tables import collections, jobs
+from spa_server.held import StoredFile
 from spa_server.names import owner_folder
 from spa_server.serving.errors import NotFound
 

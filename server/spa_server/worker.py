@@ -28,7 +28,7 @@ def main() -> int:
     pipe = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     job = json.loads(sys.stdin.readline())
-    _limit(job["limits"])
+    limit(job["limits"])
     stop = threading.Event()
     threading.Thread(target=_listen, args=(stop,), daemon=True).start()
     say = _Pipe(pipe)
@@ -88,7 +88,7 @@ class _Pipe:
             self._file.flush()
 
 
-def _limit(limits: Mapping[str, int]) -> None:
+def limit(limits: Mapping[str, int]) -> None:
     """Limits that the kernel keeps; memory that is really taken is watched by the parent besides."""
     cpu = limits["cpu_seconds"]
     for kind, most in (

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spa.cli import output
-from spa.cli.bench import bench
 from spa.cli.extra import server_extra
 from spa.cli.options import Json, Server
 from spa.cli.prune import prune
+from spa.cli.served import bench, infer
 
 if TYPE_CHECKING:
     from spa.bench import BenchReport
@@ -101,7 +101,8 @@ def _there(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command()(_there(prune))
-app.command()(_there(bench))
+app.command()(infer)
+app.command()(bench)
 
 
 @app.command()

@@ -26,6 +26,14 @@ def serve(
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of all that is kept.", show_default="spa-server")
     ] = None,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="process|ray|ray://...",
+            help="Where jobs are done; ray://local starts a cluster.",
+            show_default="process",
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only read the configuration.")] = False,
     json: Json = False,
     verbose: Verbose = False,
@@ -37,7 +45,11 @@ def serve(
         from spa_server.app import run
         from spa_server.config import load
 
-    given = {"SPA_SERVER_LISTEN": listen, "SPA_SERVER_DATA": None if data is None else str(data.resolve())}
+    given = {
+        "SPA_SERVER_LISTEN": listen,
+        "SPA_SERVER_DATA": None if data is None else str(data.resolve()),
+        "SPA_SERVER_EXECUTOR": executor,
+    }
     path = config or (Path(os.environ["SPA_SERVER_CONFIG"]) if os.environ.get("SPA_SERVER_CONFIG") else None)
     read = load(path, {**os.environ, **{name: value for name, value in given.items() if value is not None}})
     if check:

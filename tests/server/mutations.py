@@ -11,9 +11,10 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
+from spa_server._generated_inference import service_pb2
 from spa_server.app import FILES
 
-METHODS = [m for file in FILES for s in file.DESCRIPTOR.services_by_name.values() for m in s.methods]
+METHODS = [m for file in (*FILES, service_pb2) for s in file.DESCRIPTOR.services_by_name.values() for m in s.methods]
 _TEXTS = (
     "",
     "models/x",
@@ -42,7 +43,12 @@ def random_message(kind: type[Message], rng: np.random.Generator, depth: int = 0
         if rng.random() < 0.4 or depth > 4:
             continue
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            getattr(out, field.name)[str(rng.choice(_TEXTS))] = int(rng.integers(-5, 5))
+            value, key = field.message_type.fields_by_name["value"], str(rng.choice(_TEXTS))
+            if value.message_type is None:
+                getattr(out, field.name)[key] = _value(value.cpp_type, rng)
+            else:
+                inner = random_message(message_factory.GetMessageClass(value.message_type), rng, depth + 1)
+                getattr(out, field.name)[key].CopyFrom(inner)
         elif field.message_type is not None:
             inner = random_message(message_factory.GetMessageClass(field.message_type), rng, depth + 1)
             if field.is_repeated:
@@ -69,7 +75,9 @@ def _value(kind: int, rng: np.random.Generator) -> object:
         return float(rng.choice([0.0, -1.0, float("nan"), float("inf"), 1e300]))
     if kind in (Field.CPPTYPE_INT32, Field.CPPTYPE_ENUM):
         return int(rng.choice(_NUMBERS[:5]))
-    return int(rng.choice(np.array(_NUMBERS, dtype=np.int64)))
+    number = int(rng.choice(np.array(_NUMBERS, dtype=np.int64)))
+    unsigned = {Field.CPPTYPE_UINT32: 2**32 - 1, Field.CPPTYPE_UINT64: 2**64 - 1}
+    return number & unsigned[kind] if kind in unsigned else number
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:

@@ -60,10 +60,16 @@ class Postgres:
 
     def _run(self, name: str, *arguments: str) -> None:
         command: Sequence[str] = [str(self._bin / name), *arguments]
-        options = (
-            {} if self._user is None else {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": ()}
-        )
+        user, group = (None, None) if self._user is None else (self._user.pw_uid, self._user.pw_gid)
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", text=True, check=False, **options
-        )  # type: ignore[call-overload]
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            text=True,
+            check=False,
+            user=user,
+            group=group,
+            extra_groups=None if user is None else (),
+        )
         assert done.returncode == 0, done.stdout

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,14 @@ class Running:
             return tokens.create(database, owner, scopes or tokens.SCOPES, lifetime=lifetime)[1]
         finally:
             database.close()
+
+
+def until(true: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until it is true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
 
 
 def workers_of(server: Running) -> list[int]:

@@ -51,6 +51,9 @@ def test_the_environment_wins(tmp_path: Path) -> None:
         ("limits: {message: 1kB}", "is too little"),
         ("auth: sometimes", "one of none, tokens"),
         ("reflection: 3", "true or false"),
+        ("executor: slurm", "write process, ray, ray://local or ray://HOST:PORT"),
+        ("executor: ray://somewhere", "'ray://somewhere' is none"),
+        ("workers: {cpus: 0}", "not both 0"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(tmp_path: Path, text: str, says: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ import spa
 from spa.jobs import InspectSpec
 from spa_server.blobs import Blobs
 from spa_server.database import Database, collections, connect, contents, jobs, queue
-from spa_server.database.collections import StoredFile
 from spa_server.database.tables import metadata
 from spa_server.errors import Refusal
+from spa_server.held import StoredFile
 from tests.server.postgres import Postgres
 
 SHA = "a" * 64
@@ -64,6 +65,7 @@ def test_only_the_holder_of_a_job_can_end_it(database: Database, model: str) -> 
     slow = queue.claim(database, "one/x", 0.0, 0)
     assert slow is not None
     assert queue.claim(database, "two/x", 30.0, 0) is None
+    assert queue.expire(database, attempts=3, alive=[job.id]) == []
     assert queue.expire(database, attempts=3) == [job.id]
     fast = queue.claim(database, "two/x", 30.0, 0)
     assert fast is not None
@@ -223,6 +225,12 @@ def test_blobs(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), store.open(SHA):
         pass
     assert (tmp_path / "deep" / "copy").read_bytes() == b"0123456789"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("s3fs") is not None, reason="s3fs is installed")
+def test_without_a_client_of_s3_it_is_said_how_to_install_it() -> None:
+    with pytest.raises(spa.UsageError, match=r"install spa-prune\[s3\]"):
+        Blobs("s3://bucket/spa")
 
 
 def test_blobs_of_an_object_store(tmp_path: Path) -> None:

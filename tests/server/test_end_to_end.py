@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -48,9 +48,9 @@ def sent(client: Client, model: Path) -> str:
     return client.push_model(model).name
 
 
-def refused(call: object, *arguments: object) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+def refused(call: Callable[..., object], *arguments: object) -> tuple[grpc.StatusCode, str, dict[str, str]]:
     with pytest.raises(grpc.RpcError) as caught:
-        call(*arguments)  # type: ignore[operator]
+        call(*arguments)
     return caught.value.code(), *reason_of(caught.value)
 
 

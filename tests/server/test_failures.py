@@ -8,7 +8,8 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -25,17 +26,15 @@ from spa_server.client.transfers import hashed
 from spa_server.config import load
 from spa_server.database import connect
 from spa_server.database.tables import blobs, files
-from tests.server.running import Running, workers_of
+from tests.server.running import Running, until, workers_of
 
 pytestmark = pytest.mark.slow  # each starts servers of its own, and waits for work that takes seconds
 LONG = {"repeats": 100_000, "memory": False, "provider": "cpu"}
 
 
-def until(true: Callable[[], object], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
+def begun(server: Running, client: Client, name: str, attempt: int) -> bool:
+    """Whether a job is in this attempt, and has a worker."""
+    return client.job(name).attempt == attempt and bool(workers_of(server))
 
 
 def at_work(client: Client, name: str) -> None:
@@ -68,7 +67,7 @@ def test_a_job_whose_worker_is_killed_again_and_again_fails(tmp_path: Path, mode
     with server.client() as client:
         job = client.submit(BenchmarkSpec((client.push_model(model).name,), seconds=30.0, **LONG))
         for attempt in (1, 2):
-            until(lambda a=attempt: client.job(job.name).attempt == a and workers_of(server))  # type: ignore[misc]
+            until(partial(begun, server, client, job.name, attempt))
             time.sleep(0.3)
             os.kill(workers_of(server)[-1], signal.SIGKILL)
         with pytest.raises(spa.SpaError, match="begun 2 times"):

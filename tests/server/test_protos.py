@@ -135,7 +135,7 @@ def test_messages_have_the_fields_of_the_specs(kind: str) -> None:
 
 OWN = {"output_name", "page"}
 """Of jobs only."""
-LOCAL = {"output", "cache", "checkpoint", "progress", "told", "reached", "graph", "analysis", "folder"}
+LOCAL = {"output", "cache", "checkpoint", "progress", "told", "reached", "graph", "analysis", "folder", "allow_io"}
 """Of local calls only."""
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError
 
 from spa_server._generated_inference import service_pb2
@@ -127,13 +128,13 @@ def test_names_and_numbers_are_those_of_the_client() -> None:
     configs = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from spa_server._generated_inference import model_config_pb2
 
-    def fields(descriptor) -> dict[str, tuple]:  # type: ignore[no-untyped-def, type-arg]
+    def fields(descriptor: Descriptor) -> dict[str, tuple[object, ...]]:
         return {
             f.name: (f.number, f.type, f.is_repeated, f.message_type and f.message_type.full_name)
             for f in descriptor.fields
         }
 
-    def compare(mine, other) -> None:  # type: ignore[no-untyped-def]
+    def compare(mine: Descriptor, other: Descriptor) -> None:
         assert mine.full_name == other.full_name
         assert fields(mine).items() <= fields(other).items()
         for enum in mine.enum_types:

@@ -87,6 +87,7 @@ class Client:
         self._channel = channel
         if token is not None:
             channel = grpc.intercept_channel(channel, _Bearer(token))
+        self._calling = channel
         self._account = account_pb2_grpc.AccountServiceStub(channel)
         self._uploads = uploads_pb2_grpc.UploadServiceStub(channel)
         self._models = models_pb2_grpc.ModelServiceStub(channel)
@@ -106,6 +107,17 @@ class Client:
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
+
+    def unary(self, method: str, write: Callable[[Any], bytes], read: Callable[[bytes], Any]) -> Callable[..., Any]:
+        """A method of any service of the server, called with the token.
+
+        Args:
+            method: `/package.Service/Method`.
+            write: makes the bytes of a request.
+            read: makes an answer of bytes.
+        """
+        call: Callable[..., Any] = self._calling.unary_unary(method, write, read)
+        return call
 
     def account(self) -> account_pb2.GetAccountResponse:
         """Who the server takes this client for, and what it may use. Raises: SpaError."""

@@ -18,21 +18,13 @@ from spa_server.database.engine import Database
 from spa_server.database.pages import before, following, width
 from spa_server.database.tables import blobs, collections, files, jobs, needs
 from spa_server.errors import Refusal, invalid, not_found
+from spa_server.held import StoredFile
 
-__all__ = ["Collection", "Kind", "StoredFile", "check_unneeded", "create", "files_of", "get", "listed", "remove"]
+__all__ = ["Collection", "Kind", "check_unneeded", "create", "files_of", "get", "listed", "remove"]
 
 Kind = Literal["models", "datasets"]
 LIVE = ("queued", "running")
 """States of jobs that have not ended."""
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """A file of a model, a dataset or a job."""
-
-    path: str
-    sha256: str
-    size: int
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from sqlalchemy.exc import IntegrityError
 
 from spa.jobs import JobSpec, read, references, to_json
 from spa_server.database import contents
-from spa_server.database.collections import LIVE, StoredFile, check_unneeded, files_of
+from spa_server.database.collections import LIVE, check_unneeded, files_of
 from spa_server.database.engine import Database
 from spa_server.database.pages import before, following, width
 from spa_server.database.tables import collections, events, files, jobs, needs
 from spa_server.errors import Refusal, exhausted, invalid, not_found
+from spa_server.held import StoredFile
 
 __all__ = ["Event", "Job", "cancel", "create", "events_after", "get", "listed", "record", "remove", "remove_old"]
 

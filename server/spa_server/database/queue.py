@@ -8,36 +8,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, func, select, update
 
-from spa.jobs import JobSpec, read, references
+from spa.jobs import read, references
 from spa_server.database import contents
-from spa_server.database.collections import LIVE, StoredFile, add_files, files_of
+from spa_server.database.collections import LIVE, add_files, files_of
 from spa_server.database.engine import Database
 from spa_server.database.jobs import record
 from spa_server.database.tables import jobs
+from spa_server.held import Held, StoredFile
 
-__all__ = ["Held", "append", "asked_to_stop", "claim", "expire", "fail", "finish", "give_back", "live", "renew", "stop"]
+__all__ = ["append", "asked_to_stop", "claim", "expire", "fail", "finish", "give_back", "live", "renew", "stop"]
 
 _LOOKED_AT = 500
 """Waiting jobs that one look considers; more only matter if that many belong to owners at their limit."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """A job that this server runs."""
-
-    id: str
-    owner: str
-    spec: JobSpec
-    attempt: int
-    holder: str
-    files: Mapping[str, tuple[StoredFile, ...]]
-    """Files of each reference of the spec."""
 
 
 def claim(database: Database, server: str, lease: float, running: int) -> Held | None:
@@ -141,17 +128,22 @@ def give_back(database: Database, job: Held, code: str, message: str, *, counts:
         _again(connection, job.id, job.holder, job.attempt, code, message, counts=counts, attempts=attempts)
 
 
-def expire(database: Database, attempts: int, server: str | None = None) -> list[str]:
+def expire(database: Database, attempts: int, server: str | None = None, *, alive: Collection[str] = ()) -> list[str]:
     """Take jobs from servers that gave no sign of life for too long; their ids.
 
     Args:
         database: where jobs are.
         attempts: how often a job may be begun.
         server: take all jobs of this server, which has died for sure.
+        alive: but not these, which the caller has at work: a database that was away let their leases pass.
     """
     late = jobs.c.lease < time.time() if server is None else jobs.c.holder.startswith(f"{server}/", autoescape=True)
     with database.write() as connection:
-        query = select(jobs).where(jobs.c.state == "running", late).with_for_update(skip_locked=True)
+        query = (
+            select(jobs)
+            .where(jobs.c.state == "running", late, jobs.c.id.not_in(alive))
+            .with_for_update(skip_locked=True)
+        )
         rows = connection.execute(query).all()
         for row in rows:
             message = f"the server that ran it in attempt {row.attempt} died"

@@ -1,5 +1,1 @@
-"""Jobs at work: claimed from the queue, done by processes of their own, published or failed with a reason."""
-
-from spa_server.execution.dispatcher import Dispatcher
-
-__all__ = ["Dispatcher"]
+"""Jobs at work: claimed from the queue, done by the executor, published or failed with a reason."""

@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from spa_server.blobs import Blobs, digest_of
 from spa_server.config import Config, seconds, size
 from spa_server.database import Database, contents, queue
-from spa_server.database.collections import StoredFile
-from spa_server.database.queue import Held
+from spa_server.execution.executor import Executor, Work
 from spa_server.execution.folders import Folders, placed, prepare, written
-from spa_server.execution.process import Ending, Limits, Process
+from spa_server.execution.process import Ending
+from spa_server.held import Held, StoredFile
 
 __all__ = ["Dispatcher"]
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Running:
-    process: Process
+    work: Work
     told: asyncio.Event = field(default_factory=asyncio.Event)
     metrics: list[Mapping[str, Any]] = field(default_factory=list)
     stage: Mapping[str, Any] | None = None
@@ -58,13 +58,20 @@ class Dispatcher:
     """Runs up to so many jobs at the same time. Belongs to one event loop."""
 
     def __init__(
-        self, config: Config, database: Database, blobs: Blobs, server: str, changed: Callable[[str], None]
+        self,
+        config: Config,
+        database: Database,
+        blobs: Blobs,
+        executor: Executor,
+        server: str,
+        changed: Callable[[str], None],
     ) -> None:
         """
         Args:
             config: what was said.
             database: where jobs are.
             blobs: where files are.
+            executor: begins them.
             server: name of this server; the same after it was started again.
             changed: told the id of a job to which something happened.
         """
@@ -73,13 +80,7 @@ class Dispatcher:
         self._server, self._holder = server, f"{server}/{secrets.token_hex(4)}"
         self._count, self._attempts, self._lease = workers.count, workers.attempts, seconds(workers.lease)
         self._at_once, self._quota = config.quotas.running, size(config.quotas.bytes)
-        self._limits = Limits(
-            size(workers.memory),
-            int(seconds(workers.cpu_time)),
-            seconds(workers.time),
-            size(workers.file),
-            workers.threads,
-        )
+        self._executor = executor
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
@@ -87,7 +88,9 @@ class Dispatcher:
         self._draining = False
 
     async def start(self) -> None:
-        """Take back what this server had when it died, and begin."""
+        """Take back what this server had when it died, and begin. Raises: SpaError if the executor cannot."""
+        if self._count:
+            await self._executor.start()
         for id_ in await asyncio.to_thread(queue.expire, self._database, self._attempts, self._server):
             _log.warning("begun again: jobs/%s", id_)
         if self._count:
@@ -100,7 +103,7 @@ class Dispatcher:
     def stop(self, id_: str) -> None:
         """The job was cancelled."""
         if id_ in self._running:
-            self._running[id_].process.stop()
+            self._running[id_].work.stop()
 
     @property
     def running(self) -> int:
@@ -115,16 +118,18 @@ class Dispatcher:
         if self._tasks and patience > 0:
             await asyncio.wait(self._tasks, timeout=patience)
         for running in list(self._running.values()):
-            running.process.kill(Ending("died", "drained", "the server was stopped"))
+            running.work.kill(Ending("died", "drained", "the server was stopped"))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=_PATIENCE)
         for loop in self._loops:
             loop.cancel()
+        await self._executor.close()
 
     async def _take(self) -> None:
         while not self._draining:
             try:
-                for id_ in await asyncio.to_thread(queue.expire, self._database, self._attempts):
+                expire = partial(queue.expire, self._database, self._attempts, alive=list(self._running))
+                for id_ in await asyncio.to_thread(expire):
                     self._changed(id_)
                 await self._fill()
             except Exception as error:  # a database that does not answer now may do so later
@@ -134,14 +139,14 @@ class Dispatcher:
                 await asyncio.wait_for(self._poked.wait(), _LOOK)
 
     async def _fill(self) -> None:
-        while len(self._running) < self._count and not self._draining:
+        while len(self._running) < self._count and self._executor.ready and not self._draining:
             job = await asyncio.to_thread(queue.claim, self._database, self._holder, self._lease, self._at_once)
             if job is None:
                 return
             self._begin(job)
 
     def _begin(self, job: Held) -> None:
-        running = _Running(process=Process(job, self._limits, lambda said: running.hear(said)))
+        running = _Running(work=self._executor.work(job, lambda said: running.hear(said)))
         self._running[job.id] = running
         self._changed(job.id)
         task = asyncio.create_task(self._see_through(job, running))
@@ -153,12 +158,12 @@ class Dispatcher:
         renewed = time.monotonic()
         while True:
             await asyncio.sleep(_LOOK)
-            held = {id_: running.process for id_, running in self._running.items()}
+            held = {id_: running.work for id_, running in self._running.items()}
             if not held:
                 continue
             try:
                 if time.monotonic() - renewed > self._lease / 4:
-                    jobs = [process.job for process in held.values()]
+                    jobs = [work.job for work in held.values()]
                     stop, lost = await asyncio.to_thread(queue.renew, self._database, jobs, self._lease)
                     renewed = time.monotonic()
                     for id_ in lost & set(self._running):
@@ -180,7 +185,7 @@ class Dispatcher:
             try:
                 folders = await asyncio.to_thread(prepare, self._data, job)
                 files = await self._patiently(partial(placed, self._blobs, job, folders), FileNotFoundError)
-                ending = await running.process.run(folders, files)
+                ending = await running.work.run(folders, files)
             except OSError as error:
                 _log.error("jobs/%s: no files (%s)", job.id, error)
                 what = error.strerror or type(error).__name__

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from spa.jobs import FinetuneSpec, JobSpec, PruneSpec
 from spa_server.blobs import Blobs
-from spa_server.database.collections import StoredFile
-from spa_server.database.queue import Held
+from spa_server.held import Held, StoredFile
 from spa_server.names import owner_folder
 
 __all__ = ["Folders", "placed", "prepare", "written"]

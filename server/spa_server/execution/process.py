@@ -17,8 +17,8 @@ from typing import Any, Literal
 import spa
 import spa_server
 from spa.jobs import to_json
-from spa_server.database.queue import Held
 from spa_server.execution.folders import Folders
+from spa_server.held import Held
 from spa_server.memory import resident
 
 __all__ = ["Ending", "Limits", "Process"]

@@ -15,7 +15,7 @@ from spa_server._generated import jobs_pb2_grpc as rpc
 from spa_server.callers import current
 from spa_server.database import Database, jobs
 from spa_server.errors import invalid
-from spa_server.execution import Dispatcher
+from spa_server.execution.dispatcher import Dispatcher
 from spa_server.messages import event_message, job_message, spec_of, states_of
 
 __all__ = ["Changes", "Jobs"]

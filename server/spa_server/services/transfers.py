@@ -16,8 +16,8 @@ from spa_server._generated import uploads_pb2_grpc as in_rpc
 from spa_server.blobs import PIECE, Blobs
 from spa_server.callers import current
 from spa_server.database import Database, collections, jobs
-from spa_server.database.collections import StoredFile
 from spa_server.errors import invalid, not_found
+from spa_server.held import StoredFile
 from spa_server.messages import file_message
 from spa_server.uploads import Uploads
 
