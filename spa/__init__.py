@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from spa.calibration import Calibration, Preprocessing, load_calibration
     from spa.criteria import CRITERIA
     from spa.explain import Explanation, explain
+    from spa.export.run import Exported, export
     from spa.frontier.index import Family
     from spa.frontier.pick import pick
     from spa.frontier.run import frontier
@@ -53,6 +54,7 @@ __all__ = [
     "BenchReport",
     "Calibration",
     "Explanation",
+    "Exported",
     "ExternalDataError",
     "Family",
     "Fit",
@@ -78,6 +80,7 @@ __all__ = [
     "apply",
     "bench",
     "explain",
+    "export",
     "export_torch",
     "finetune",
     "frontier",
@@ -97,6 +100,7 @@ _HOME = {
     "BenchReport": "spa.bench",
     "Calibration": "spa.calibration",
     "Explanation": "spa.explain",
+    "Exported": "spa.export.run",
     "Family": "spa.frontier.index",
     "Fit": "spa.study",
     "Group": "spa.groups",
@@ -110,6 +114,7 @@ _HOME = {
     "apply": "spa.pipeline",
     "bench": "spa.bench",
     "explain": "spa.explain",
+    "export": "spa.export.run",
     "export_torch": "spa.train",
     "finetune": "spa.train",
     "frontier": "spa.frontier.run",

@@ -50,7 +50,7 @@ LAYERS = (
     {"prepare"},
     {"frontier"},
     {"pipeline", "train"},
-    {"edge", "implant", "explain"},
+    {"edge", "implant", "explain", "export", "folder"},
     {"report"},
     {"jobs"},
     {"cli"},
@@ -58,8 +58,20 @@ LAYERS = (
 )
 """Lowest first; a module imports lower layers, and others of its own package. `spa/__init__.py` is above them all."""
 LEVEL = {name: k for k, layer in enumerate(LAYERS) for name in layer}
-OPTIONAL = {
+FRAMEWORKS = {
     "torch",
+    "transformers",
+    "tensorflow",
+    "keras",
+    "tf2onnx",
+    "jax",
+    "jax2onnx",
+    "flax",
+    "paddle",
+    "paddle2onnx",
+}
+OPTIONAL = {
+    *FRAMEWORKS,
     "onnx_graphsurgeon",
     "networkx",
     "typer",
@@ -125,6 +137,22 @@ def test_the_solver_knows_no_onnx() -> None:
 def test_tests_and_server_are_never_imported() -> None:
     for path in sources("spa"):
         assert not {m.split(".")[0] for m in imported(path)} & {"tests", "server", "benchmarks", "examples"}, path
+
+
+def test_drivers_import_nothing_but_themselves() -> None:
+    """Exports run in the Python that has the framework, which has neither the other parts of spa nor their packages; a
+    framework itself is imported by name, once it is needed."""
+    drivers = ROOT / "spa/export/drivers"
+    allowed = {"spa.errors", "spa.export.request"} | {
+        f"spa.export.drivers.{p.stem}" for p in sources("spa/export/drivers")
+    }
+    mine = [*sources("spa/export/drivers"), ROOT / "spa/export/worker.py", ROOT / "spa/export/request.py"]
+    for path in [*mine, ROOT / "spa/errors.py"]:
+        found = {m for m in imported(path) if m.partition(".")[0] not in sys.stdlib_module_names}
+        assert found <= allowed | {"numpy", "numpy.typing"}, path
+    for path in sources("spa"):  # and they are asked through a process
+        if drivers not in path.parents and path.name != "worker.py":
+            assert not any(m.startswith("spa.export.drivers") for m in imported(path)), path
 
 
 def test_the_server_is_only_known_to_its_commands() -> None:

@@ -336,13 +336,13 @@ def test_the_fixed_names() -> None:
 
     commands = get_command(app).commands  # type: ignore[attr-defined]  # it is a group
     assert list(commands) == [
-        "inspect", "explain", "prune", "apply", "verify", "frontier", "pick", "implant", "finetune", "export-torch",
-        "import-weights", "quantize", "float16", "opset", "ort", "run",
+        "export", "inspect", "explain", "prune", "convert", "apply", "verify", "frontier", "pick", "implant", "finetune",
+        "export-torch", "import-weights", "quantize", "float16", "opset", "ort", "run",
         "profile", "bench", "rules", "methods", "serve", "remote", "token",
     ]  # fmt: skip
     groups = {name: commands.pop(name).commands for name in ("remote", "token")}  # type: ignore[attr-defined]
     assert list(groups["remote"]) == [
-        "login", "push", "prune", "bench", "submit", "watch", "pull", "jobs", "cancel", "delete",
+        "login", "push", "prune", "infer", "bench", "submit", "watch", "pull", "jobs", "cancel", "delete",
     ]  # fmt: skip
     assert list(groups["token"]) == ["create", "list", "revoke"]
     commands |= {f"{group} {name}": c for group, found in groups.items() for name, c in found.items()}

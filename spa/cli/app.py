@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from spa.cli.bench import bench
-from spa.cli.convert import float16, opset, ort, quantize
+from spa.cli.convert import convert
 from spa.cli.explain import explain
+from spa.cli.export import export
 from spa.cli.export_torch import export_torch
 from spa.cli.finetune import finetune
 from spa.cli.frontier import frontier
@@ -23,6 +24,7 @@ from spa.cli.remote import app as remote
 from spa.cli.rules import rules
 from spa.cli.run import run
 from spa.cli.serve import serve
+from spa.cli.stages import float16, opset, ort, quantize
 from spa.cli.token import app as token
 from spa.version import __version__
 
@@ -40,9 +42,11 @@ app = typer.Typer(
     epilog=_STATUSES,
 )
 _COMMANDS = (
+    export,
     inspect,
     explain,
     prune,
+    convert,
     apply,
     verify,
     frontier,

@@ -59,7 +59,7 @@ def bench(
     from spa.bench import operator_remarks, operator_tables, remarks, report_table
     from spa.runtime import check_installation
 
-    counts, batches = _numbers("--threads", threads), [None] if batch is None else _numbers("--batch", batch)
+    counts, batches = numbers("--threads", threads), [None] if batch is None else numbers("--batch", batch)
     options: dict[str, Any] = {
         "provider": provider,
         "dims": read_dims(dim),
@@ -123,7 +123,7 @@ def _far(
     ]
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def numbers(option: str, text: str) -> list[int]:
     """Integers separated by commas. Raises: UsageError."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):

@@ -1,173 +1,111 @@
-"""spa quantize, spa float16, spa opset and spa ort: one stage on the way to a device."""
+"""spa convert: a framework's model to a pruned ONNX file: export, prune and verify in one go."""
 
 from __future__ import annotations
 
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
-from spa.cli.edge import Compared, Gates, single
-from spa.cli.options import (
-    Batch,
-    Dims,
-    Json,
-    MaxLength,
-    Model,
-    Output,
-    Preprocess,
-    Samples,
-    Seed,
-    Tokenizer,
-    Verbose,
-    read_dims,
-    read_list,
-)
+from spa.cli import output
+from spa.cli.export import export, show
+from spa.cli.options import check_output, read_dims
+from spa.cli.prune import MORE, More, prune
+from spa.errors import UsageError
 
-Provider = Annotated[Literal["cpu", "cuda", "auto"], typer.Option("--provider", help="Where outputs are compared.")]
+if TYPE_CHECKING:
+    from spa.export.run import Exported
 
-
-def quantize(
-    model: Model,
-    out: Output,
-    calibration: Annotated[
-        str,
-        typer.Option(
-            metavar="PATH|none|noise|bn",
-            help="Samples on which ranges are measured and outputs compared: .npz, images, .jsonl or .txt.",
-            show_default=False,
-        ),
-    ],
-    platform: Annotated[
-        Literal["auto", "x86", "x86-vnni", "arm", "gpu"],
-        typer.Option(help="Whose integer kernels the types are for; auto: this machine's."),
-    ] = "auto",
-    method: Annotated[
-        Literal["minmax", "entropy", "percentile"], typer.Option(help="How ranges of activations are set.")
-    ] = "minmax",
-    per_channel: Annotated[
-        bool, typer.Option("--per-channel/--per-tensor", help="A scale per output channel of weights, or one for all.")
-    ] = True,
-    ops: Annotated[
-        Literal["auto", "linear", "all"],
-        typer.Option(help="Products with weights, everything possible, or what suits the kind of model."),
-    ] = "auto",
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Leave nodes alone whose name or type matches; repeatable."),
-    ] = None,
-    no_search: Annotated[
-        bool, typer.Option("--no-search", help="Do not look for nodes to leave alone where a gate is missed.")
-    ] = False,
-    gate: Gates = None,
-    samples: Samples = None,
-    batch: Batch = 32,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
-    max_length: MaxLength = None,
-    provider: Provider = "cpu",
-    seed: Seed = 0,
-    dim: Dims = None,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Quantise a model to INT8 with ONNX Runtime's static quantiser (QDQ), and compare it with what it was."""
-    from spa.edge import Data
-
-    data = Data(calibration, samples, preprocess, tokenizer, max_length, read_dims(dim), seed, batch, provider)
-    single(
-        "quantize",
-        model,
-        out,
-        data,
-        gate,
-        json,
-        platform=platform,
-        method=method,
-        per_channel=per_channel,
-        ops=ops,
-        exclude=read_list(exclude),
-        search=not no_search,
-    )
+Dense: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--dense",
+        metavar="FILE",
+        help="Keep the exported model before pruning, for `spa verify`, `spa bench` and teachers.",
+        show_default=False,
+    ),
+]
+_EXPORT_ONLY = ("model_inputs", "exporter", "opset", "static_batch", "python")
+"""Options of `spa export` that are not of `spa prune`, too."""
 
 
-def float16(
-    model: Model,
-    out: Output,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Nodes whose name or type matches stay in float32; repeatable."),
-    ] = None,
-    half_io: Annotated[bool, typer.Option("--half-io", help="Inputs and outputs become float16, too.")] = False,
-    gate: Gates = None,
-    calibration: Compared = "noise",
-    samples: Samples = None,
-    batch: Batch = 32,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
-    max_length: MaxLength = None,
-    provider: Provider = "cpu",
-    seed: Seed = 0,
-    dim: Dims = None,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Convert a model to float16; inputs and outputs stay float32."""
-    from spa.edge import Data
-
-    data = Data(calibration, samples, preprocess, tokenizer, max_length, read_dims(dim), seed, batch, provider)
-    single("float16", model, out, data, gate, json, keep=read_list(keep), half_io=half_io)
+def convert(**options: Any) -> None:
+    """Export a framework's model, prune it until it meets its targets, verify, compensate, and write it."""
+    source, dense = options.pop("source"), options.pop("dense")
+    exporting = {name: options.pop(name) for name in _EXPORT_ONLY}
+    if source.endswith(".onnx") or is_exported(Path(source)):
+        if dense is not None or exporting != _DEFAULTS:
+            raise UsageError(f"{source}: is ONNX already: leave out --dense and the options of the export")
+        prune(model=Path(source), **options)
+        return
+    if dense is None and (options["plan"] is not None or options["report"] is not None):
+        raise UsageError("--plan and --report are about the exported model: keep it with --dense FILE")
+    if dense is not None:
+        check_output(dense, options["out"])
+    with _exported(source, dense, exporting, options) as (model, made):
+        options["context"].meta[MORE] = More(made.to_json(), dense is not None)
+        prune(model=model, **options)
 
 
-def opset(
-    model: Model,
-    out: Output,
-    version: Annotated[int, typer.Option("--to", metavar="N", help="Opset, such as 13.", show_default=False)],
-    gate: Gates = None,
-    calibration: Compared = "noise",
-    samples: Samples = None,
-    batch: Batch = 32,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
-    max_length: MaxLength = None,
-    provider: Provider = "cpu",
-    seed: Seed = 0,
-    dim: Dims = None,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Convert a model to another opset, for a runtime that stops early; the IR version goes down with it."""
-    from spa.edge import Data
+def is_exported(place: Path) -> bool:
+    """Whether this is a folder in which somebody has exported a model already."""
+    from spa.folder import is_folder
 
-    data = Data(calibration, samples, preprocess, tokenizer, max_length, read_dims(dim), seed, batch, provider)
-    single("opset", model, out, data, gate, json, version=version)
+    return is_folder(place) and not any(place.glob("*.safetensors"))
 
 
-def ort(
-    model: Model,
-    out: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.ort", help="File to write.", show_default=False)],
-    style: Annotated[
-        Literal["fixed", "runtime"],
-        typer.Option(help="Optimise now, or leave some of it to the device (NNAPI, CoreML)."),
-    ] = "fixed",
-    platform: Annotated[
-        Literal["any", "arm", "amd64"], typer.Option(help="Allow what only this kind of processor runs.")
-    ] = "any",
-    gate: Gates = None,
-    calibration: Compared = "noise",
-    samples: Samples = None,
-    batch: Batch = 32,
-    preprocess: Preprocess = None,
-    tokenizer: Tokenizer = None,
-    max_length: MaxLength = None,
-    provider: Provider = "cpu",
-    seed: Seed = 0,
-    dim: Dims = None,
-    json: Json = False,
-    verbose: Verbose = False,
-) -> None:
-    """Write a model in ONNX Runtime's own format (.ort), and the list of operators that a minimal build needs."""
-    from spa.edge import Data
+@contextmanager
+def _exported(
+    source: str, dense: Path | None, exporting: Mapping[str, Any], options: Mapping[str, Any]
+) -> Iterator[tuple[Path, Exported]]:
+    from spa.export.run import export as run
+    from spa.options import check_output as check_place
 
-    data = Data(calibration, samples, preprocess, tokenizer, max_length, read_dims(dim), seed, batch, provider)
-    single("ort", model, out, data, gate, json, style=style, platform=platform)
+    check_place(options["out"])
+    with tempfile.TemporaryDirectory(prefix="spa-convert-") as folder:
+        with output.stages(quiet=options["json"]) as progress:
+            made = run(
+                source,
+                dense or Path(folder) / "exported.onnx",
+                inputs=exporting["model_inputs"] or (),
+                exporter=exporting["exporter"],
+                opset=exporting["opset"],
+                static_batch=exporting["static_batch"],
+                python=exporting["python"],
+                dims=read_dims(options["dim"]),
+                seed=options["seed"],
+                check=not options["no_verify"],
+                printed=sys.stderr.write if options["verbose"] else None,
+                progress=progress,
+            )
+        if not options["json"]:
+            show(made, kept=dense is not None)
+        yield made.output, made
+
+
+def _parameters(command: Callable[..., None]) -> dict[str, inspect.Parameter]:
+    """Arguments of a command, with annotations that are no text."""
+    hints = get_type_hints(command, include_extras=True)
+    return {n: p.replace(annotation=hints[n]) for n, p in inspect.signature(command).parameters.items()}
+
+
+def _joined() -> inspect.Signature:
+    """What to export, how, and everything that `spa prune` takes but its model."""
+    ours, theirs = _parameters(export), _parameters(prune)
+    del theirs["model"]
+    kept = inspect.Parameter("dense", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Dense)
+    found = [theirs.pop("context"), ours["source"], theirs.pop("out"), theirs.pop("target")]
+    found += [*(ours[name] for name in _EXPORT_ONLY), kept, *theirs.values()]
+    return inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in found])
+
+
+_SIGNATURE = _joined()
+_DEFAULTS = {name: _SIGNATURE.parameters[name].default for name in _EXPORT_ONLY}
+# typer reads a command's options from its signature
+convert.__signature__ = _SIGNATURE  # type: ignore[attr-defined]  # functions may have one
+convert.__annotations__ = {name: p.annotation for name, p in _SIGNATURE.parameters.items()}

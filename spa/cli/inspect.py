@@ -23,17 +23,21 @@ def inspect(
         Path | None,
         typer.Option("--html", metavar="PAGE.html", help="Draw what is coupled with what, for a browser, there."),
     ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="Read external data; if not, it may be absent.")
+    ] = True,
     dim: Dims = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """List the groups of a model: what can be pruned, what is frozen and why."""
     from spa.explain import inspection
+    from spa.graph import load
     from spa.pipeline import analyze
 
     with text_file(html, model) as write, output.stages(quiet=json) as progress:
         progress("analyze", 0, 1)
-        analysis = analyze(model, dims=read_dims(dim))
+        analysis = analyze(load(model, weights=weights), dims=read_dims(dim))
         if html is not None:
             from spa.report import chart
 

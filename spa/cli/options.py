@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -114,11 +115,11 @@ def check_output(model: Path, output: Path, *others: Path | None) -> None:
     for read in (model, *others):
         if read is not None and _same(read, output):
             raise UsageError(f"{output}: is the input; write to another file, the input is never overwritten")
-    data = output.parent / f"{output.name}.data"
-    if data.exists() and any(_same(data, used) for used in _external(model)):
-        raise UsageError(
-            f"{output}: its external data {data.name!r} would overwrite that of {model}; choose another name"
-        )
+    for data in output.parent.glob(f"{glob.escape(output.name)}.data*"):
+        if any(_same(data, used) for used in _external(model)):
+            raise UsageError(
+                f"{output}: its external data {data.name!r} would overwrite that of {model}; choose another name"
+            )
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -43,6 +44,7 @@ from spa.cli.query import (
     Aggregated,
     Alignment,
     Allocated,
+    AllowIO,
     CacheFolder,
     CalibrationSource,
     Compensated,
@@ -71,8 +73,21 @@ if TYPE_CHECKING:
     from spa.study import Fit
     from spa.verify import Verification
 
+MORE = "spa.cli.prune.MORE"
+"""Where a command that ends in this one leaves, in its context, what it has to say: a `More`."""
 _SHOWN = 30
 """Groups without --verbose."""
+
+
+@dataclass(frozen=True)
+class More:
+    """What was done before pruning."""
+
+    export: dict[str, Any]
+    """Of the model, as JSON."""
+    kept: bool
+    """Whether the model is still there afterwards."""
+
 
 PlanArgument = Annotated[Path, typer.Argument(metavar="PLAN.json", help="Plan written by `spa prune --plan`.")]
 
@@ -119,6 +134,7 @@ def prune(
     scope: ScopeName = "exact",
     kinds: Kinds = None,
     ignore: Ignored = None,
+    allow_io: AllowIO = None,
     align: Alignment = "auto",
     min_keep: MinKept = "auto",
     seed: Seed = 0,
@@ -136,21 +152,29 @@ def prune(
 ) -> None:
     """Prune a model until it meets its targets, prove that the surgery is exact, compensate, and write it."""
     from spa.cache import default_folder
+    from spa.folder import Folder
     from spa.pipeline import prune as here
     from spa.runtime import check_installation
 
     check_output(model, out, inputs)
+    folder = Folder(model, out) if model.is_dir() else None
     run: Callable[..., Result] = here
     if not no_verify:
         output.warn(check_installation())
     if no_latency and report is None:
         raise UsageError("--no-latency is about the page of --report: give --report PAGE.html, or leave it out")
+    if server is not None and allow_io:
+        raise UsageError("--allow-io is for local runs: leave out --server")
     if server is not None:
         from spa.cli.remote import far
 
         run = far(server, analysis=report is not None, quiet=json)
+    if folder is not None:
+        model, run = folder.model, folder.around(run)
     held: dict[str, Any] = {
-        k: v for k, v in {"minimise": minimise, "metric": metric, "evaluate": evaluate}.items() if v is not None
+        k: v
+        for k, v in {"minimise": minimise, "metric": metric, "evaluate": evaluate, "allow_io": allow_io}.items()
+        if v is not None
     }
     if server is None and not json:
         held["reached"] = show_reached
@@ -211,10 +235,15 @@ def prune(
                 seed=seed,
                 progress=progress,
             )
+    before: More | None = context.meta.get(MORE)
     if json:
-        output.emit({**summary(result, plan), "page": None if report is None else str(report)})
+        more = {} if before is None else {"export": before.export}
+        more |= {} if folder is None else folder.to_json()
+        output.emit({**summary(result, plan), "page": None if report is None else str(report), **more})
         return
-    show(result, model, verbose)
+    show(result, model if before is None or before.kept else None, verbose)
+    for line in () if folder is None else folder.lines():
+        output.console().print(line, soft_wrap=True)
     if plan is not None:
         output.console().print(f"plan: {plan}", soft_wrap=True)
     if report is not None:
@@ -319,8 +348,8 @@ def summary(result: Result, plan: Path | None) -> dict[str, Any]:
     }
 
 
-def show(result: Result, model: Path, verbose: bool) -> None:
-    """What a run did, as tables."""
+def show(result: Result, model: Path | None, verbose: bool) -> None:
+    """What a run did, as tables; `model` is None if it is gone."""
     screen = output.console()
     report = result.report
     screen.print(headline(report.latency), soft_wrap=True)
@@ -353,6 +382,11 @@ def show(result: Result, model: Path, verbose: bool) -> None:
     if len(shown) < len(groups):
         screen.print(f"... and {len(groups) - len(shown)} more groups; --verbose lists all")
     screen.print(f"{report.removed_units} units removed from {report.groups} groups")
+    for change in report.border:
+        before, after = (
+            ", ".join("?" if n is None else str(n) for n in sizes) for sizes in (change.before, change.after)
+        )
+        screen.print(f"{change.name}: [{before}] -> [{after}]", soft_wrap=True, markup=False)
     if report.align != "auto":
         screen.print(f"kept units are a multiple of {report.align}")
     if report.latency is not None:
@@ -370,7 +404,8 @@ def show(result: Result, model: Path, verbose: bool) -> None:
         screen.print(_fit(report.method, report.fit), soft_wrap=True)
     screen.print("seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report.seconds.items() if v))
     screen.print(f"wrote {result.output}", soft_wrap=True)
-    command = f"spa bench {quote(str(model))} {quote(str(result.output))}"
+    models = " ".join(quote(str(path)) for path in (model, result.output) if path is not None)
+    command = f"spa bench {models}"
     screen.print(f"Fewer MACs are not automatically faster: measure with `{command}`.", soft_wrap=True)
 
 

@@ -97,6 +97,14 @@ Ignored: TypeAlias = Annotated[
         "--ignore", metavar="PATTERN", help="Leave groups alone whose name, tensors or nodes match; repeatable."
     ),
 ]
+AllowIO: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-io",
+        metavar="PATTERN",
+        help="Inputs and outputs of the graph whose shapes may change, as those of a KV cache; repeatable.",
+    ),
+]
 Alignment: TypeAlias = Annotated[
     str,
     typer.Option(
