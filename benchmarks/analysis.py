@@ -28,7 +28,7 @@ from decoders import DECODERS
 from measure import Times, Worker, brief, clock, seconds, serve, table, write
 from models import build, needs
 from networks import PEER_MODULES, example, module
-from paths import path_of
+from paths import path_of, size_of
 
 GOALS = {"resnet50": 0.1, "vit-b16": 0.2, "bert-base": 0.2, "bert-base-hf": 0.2, "llama-7b": 2.0, "llama-7b-gqa": 2.0}
 STANDARD = (
@@ -165,8 +165,7 @@ def made(names: list[str], python: str | None) -> list[str]:
 def measure(name: str, workers: dict[str, Worker], repeats: int, prune: bool) -> dict[str, Any]:
     """All tools on one model, taking turns."""
     path = path_of(name)
-    data = path.with_name(path.name + ".data")
-    size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    size = size_of(path)
     found: dict[str, Rows] = {}
     facts: dict[str, Any] = {"bytes": size}
     first: dict[str, list[float]] = {}

@@ -23,20 +23,20 @@ from typing import Any
 
 from analysis import made
 from measure import brief, seconds, table, write
-from paths import path_of
+from paths import data_of, path_of, size_of
 
 MODELS = ("resnet50", "decoder-1gb-single", "decoder-1gb", "decoder-3gb")
 GOAL = 1.3
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-class _Sampler(threading.Thread):
+class Sampler(threading.Thread):
     """Largest RssAnon and RssFile."""
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class _Sampler(threading.Thread):
             time.sleep(0.005)
 
     def sample(self) -> None:
-        self.own = max(self.own, _status("RssAnon"))
-        self.mapped = max(self.mapped, _status("RssFile"))
+        self.own = max(self.own, status("RssAnon"))
+        self.mapped = max(self.mapped, status("RssFile"))
 
 
 def child(mode: str, path: str, target: str) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def child(mode: str, path: str, target: str) -> dict[str, Any]:
 
     if mode == "verify":  # its libraries belong to the floor of that mode
         import onnxruntime  # noqa: F401  # for what it loads
-    floor = {"peak": _status("VmHWM"), "own": _status("RssAnon")}
-    sampler = _Sampler()
+    floor = {"peak": status("VmHWM"), "own": status("RssAnon")}
+    sampler = Sampler()
     sampler.start()
     reply: dict[str, Any] = {}
     cpu, wall = time.process_time(), time.perf_counter()
@@ -82,7 +82,7 @@ def child(mode: str, path: str, target: str) -> dict[str, Any]:
     sampler.running = False
     sampler.join()
     sampler.sample()
-    return {**reply, "floor": floor, "peak": _status("VmHWM"), "own": sampler.own, "mapped": sampler.mapped}
+    return {**reply, "floor": floor, "peak": status("VmHWM"), "own": sampler.own, "mapped": sampler.mapped}
 
 
 def measure(mode: str, path: Path, target: str) -> dict[str, Any]:
@@ -109,9 +109,7 @@ def main() -> int:
     rows, results = [], []
     for name in made(list(options.only or MODELS), os.environ.get("SPA_PEERS_PYTHON")):
         path = path_of(name)
-        data = path.with_name(path.name + ".data")
-        external = data.exists()
-        size = path.stat().st_size + (data.stat().st_size if external else 0)
+        external, size = bool(data_of(path)), size_of(path)
         for mode in ("prune",) if options.no_verify else ("prune", "verify"):
             found = measure(mode, path, options.target)
             results.append({"name": name, "mode": mode, "bytes": size, "external": external, **found})

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from decoders import DECODERS, write_decoder
 from networks import MODULES, export
-from paths import cache, path_of
+from paths import cache, data_of, path_of, size_of
 
 
 def build(name: str) -> Path:
@@ -28,11 +28,12 @@ def build(name: str) -> Path:
         return path
     draft = path.with_suffix(".draft.onnx")
     if name in DECODERS:  # the data file's name is part of the model
-        path.with_suffix(".onnx.data").unlink(missing_ok=True)
+        for old in data_of(path):
+            old.unlink()
         folder = Path(tempfile.mkdtemp(dir=cache()))
         write_decoder(folder / path.name, DECODERS[name])
-        os.replace(folder / f"{path.name}.data", f"{path}.data")
-        os.replace(folder / path.name, path)
+        for part in sorted(folder.iterdir(), reverse=True):  # the model last: with it everything is there
+            os.replace(part, path.with_name(part.name))
         folder.rmdir()
         return path
     if name == "decoder-1gb-single":
@@ -82,9 +83,8 @@ def main() -> int:
         except ImportError as error:
             print(f"{name:20} skipped: {error}", flush=True)
             continue
-        data = path.with_name(path.name + ".data")
-        size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
-        disk = (path.stat().st_blocks + (data.stat().st_blocks if data.exists() else 0)) * 512
+        disk = sum(part.stat().st_blocks * 512 for part in (path, *data_of(path)))
+        size = size_of(path)
         print(f"{name:20} {size / 1e6:10,.1f} MB ({disk / 1e6:,.1f} MB on disk)  {path}", flush=True)
     return 0
 

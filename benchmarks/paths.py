@@ -17,3 +17,13 @@ def cache() -> Path:
 def path_of(name: str) -> Path:
     """Where a model lies once `build` made it."""
     return cache() / f"{name}.onnx"
+
+
+def data_of(path: Path) -> list[Path]:
+    """The files with a model's external data."""
+    return sorted(path.parent.glob(f"{path.name}.data*"))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a model with its external data."""
+    return sum(part.stat().st_size for part in (path, *data_of(path)))

@@ -4,7 +4,9 @@
 
 Overhead: one input and one output of 1 MB, batch 1. "Bare" is the session alone; "server" all that the server does with
 a request from its bytes to the answer's bytes; "echo" a gRPC call that only sends the same bytes back; "call" the whole
-ModelInfer, by a client that sends bytes, and by tritonclient. All are timed in turns. Medians.
+ModelInfer, by a client that sends bytes, and by tritonclient. All are timed in turns. Medians. Where a machine has
+other work, times of calls are mostly those of waiting: so the processor time that the servers take is measured, too,
+with tensors of 1 MB and of 256 bytes.
 
 Joining: 32 callers, one row each, all the time; each model with and without joining, in turns, through gRPC and in the
 engine alone. Answered requests per second.
@@ -99,13 +101,13 @@ def request_of(name: str, x: np.ndarray) -> bytes:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[str]:
-    """A server of this machine; gives its address."""
+def process(*arguments: str) -> Iterator[tuple[str, int]]:
+    """A server of this machine; gives its address and process id."""
     env = {"PYTHONPATH": f"{ROOT / 'server'}:{ROOT}"}
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=env) as child:
         assert child.stdout is not None
         try:
-            yield child.stdout.readline().split()[-1]
+            yield child.stdout.readline().split()[-1], child.pid
         finally:
             child.terminate()
 
@@ -127,27 +129,52 @@ async def echo() -> None:
 # ---- overhead -------------------------------------------------------------------------------------------------------
 
 
-def overhead(folder: Path, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of single calls, by what was called."""
+def overhead(folder: Path, seconds: float) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Milliseconds of single calls, by what was called; and of the servers' processor time per call."""
     count = MEGABYTE // 4
     path = add(folder, "scaling", scaling(count))
     x = np.ones((1, count), np.float32)
     data = request_of("scaling", x)
     session = runtime.open_session(path, provider="cpu", threads=1)
     bare = runtime.runner(session, {"x": x})
-    with process("-m", "spa_server.serving", str(folder), "--port", "0") as address, process(__file__, "echo") as other:
+    add(folder, "small", mlp((64, 64, 10)))
+    small = request_of("small", np.ones((1, 64), np.float32))
+    serving = process("-m", "spa_server.serving", str(folder), "--port", "0")
+    with serving as (address, pid), process(__file__, "echo") as (other, echo_pid):
         channel, silent = (grpc.insecure_channel(target, options=UNLIMITED) for target in (address, other))
+        infer, same = channel.unary_unary(f"/{SERVICE}/ModelInfer"), silent.unary_unary("/Echo/Call")
         calls: dict[str, Callable[[], object]] = {
             "bare": bare,
-            "echo": partial(silent.unary_unary("/Echo/Call"), data),
-            "call": partial(channel.unary_unary(f"/{SERVICE}/ModelInfer"), data),
+            "echo": partial(same, data),
+            "call": partial(infer, data),
         }
         client = triton(address, x)
         if client is not None:
             calls["tritonclient"] = client
         times = in_turns(calls, seconds)
+        processor = {
+            "echo, 1 MB": processor_time(echo_pid, partial(same, data)),
+            "ModelInfer, 1 MB": processor_time(pid, partial(infer, data)),
+            "echo, 256 bytes": processor_time(echo_pid, partial(same, small)),
+            "ModelInfer, 256 bytes": processor_time(pid, partial(infer, small)),
+        }
     times["server"] = asyncio.run(serverside(folder, data, seconds))
-    return times
+    return times, processor
+
+
+def processor_time(pid: int, call: Callable[[], object], count: int = 300) -> float:
+    """Milliseconds that a process takes for one call. Linux only."""
+
+    def taken() -> int:
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text(encoding="ascii").split()[0]) for task in tasks)
+
+    for _ in range(20):
+        call()
+    before = taken()
+    for _ in range(count):
+        call()
+    return (taken() - before) / count / 1e6
 
 
 def in_turns(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
@@ -237,11 +264,11 @@ def main() -> None:
         asyncio.run(echo())
         return
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        times = overhead(Path(one), arguments.seconds)
+        times, processor = overhead(Path(one), arguments.seconds)
         for label, sizes in MODELS.items():
             for joined, options in (("alone", {}), ("joined", {"max_batch": CALLERS})):
                 add(Path(two), f"{label.replace(' ', '-')}-{joined}", mlp(sizes), **options)
-        with process("-m", "spa_server.serving", two, "--port", "0") as address:
+        with process("-m", "spa_server.serving", two, "--port", "0") as (address, _):
             rates = asyncio.run(joining(Path(two), address, arguments.seconds / ROUNDS / 4))
     rows = []
     for name, values in times.items():
@@ -250,8 +277,9 @@ def main() -> None:
     print(table(["1 MB in, 1 MB out", "median ms", "10 %", "90 %", "calls"], rows))
     mine = median(times["server"]) - median(times["bare"])
     print(f"server - bare: {mine:.3f} ms; call - echo - bare: {over_echo(times):.3f} ms\n")
+    print(table(["processor time of the server", "ms per call"], [[k, f"{v:.3f}"] for k, v in processor.items()]), "\n")
     print(table([f"requests per second, {CALLERS} callers", "alone", "joined", "times"], list(ratios(rates))))
-    write(arguments.json, {"milliseconds": times, "per_second": rates})
+    write(arguments.json, {"milliseconds": times, "processor_ms": processor, "per_second": rates})
 
 
 def over_echo(times: dict[str, list[float]]) -> float:

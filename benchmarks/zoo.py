@@ -41,7 +41,8 @@ from spa.plan import Plan
 from spa.signature import inputs_of
 
 Row = dict[str, Any]
-_BEST = re.compile(r"(\w+)=[\d.e+-]+ \(([\d.]+) of the original\)")
+Check = Callable[[Path, argparse.Namespace], Row]
+BEST = re.compile(r"(\w+)=[\d.e+-]+ \(([\d.]+) of the original\)")
 _GOAL_ERROR, _GOAL_PRUNABLE = 1e-4, 0.95
 """States of a row: ok; nothing (the scope leaves nothing to prune); no-ort (ONNX Runtime refuses the original);
 wrong (the outside check differs); error (`spa` refused); crash, timeout (a bug)."""
@@ -66,7 +67,7 @@ def check_model(path: Path, options: argparse.Namespace) -> Row:
         row["traceback"] = traceback.format_exc()
         if isinstance(error, TargetError) and str(error).startswith("nothing in this model"):
             row["state"] = "nothing"
-        if (reason := _unloadable(path)) is not None:
+        if (reason := unloadable(path)) is not None:
             row["state"], row["note"] = "no-ort", f"{reason} | spa: {row['note']}"
     row["seconds"], row["cpu"] = time.perf_counter() - start, time.process_time() - cpu
     return row
@@ -91,7 +92,7 @@ def _check(path: Path, output: Path, options: argparse.Namespace, row: Row) -> N
         "inputs": npz if npz.exists() and not options.synthetic else None,
         "scope": options.scope,
     }
-    result = _pruned(path, options.target, kwargs, row)
+    result = pruned(path, options.target, kwargs, row)
     report = result.report
     before = {"macs": report.macs.before, "parameters": report.parameters.before}
     after = {"macs": report.macs.after, "parameters": report.parameters.after}
@@ -110,13 +111,13 @@ def _check(path: Path, output: Path, options: argparse.Namespace, row: Row) -> N
         row["note"] = "; ".join(f"{t}[{a}] {why} ({n:,})" for t, a, why, n in row["frozen"][:2])
 
 
-def _pruned(path: Path, target: str, kwargs: Mapping[str, Any], row: Row) -> spa.Result:
+def pruned(path: Path, target: str, kwargs: Mapping[str, Any], row: Row) -> spa.Result:
     try:
         result = spa.prune(path, target=target, **kwargs)
         row["reached"] = "target"
         return result
     except TargetError as error:
-        points = _BEST.findall(str(error))
+        points = BEST.findall(str(error))
         if not points or not any(float(share) < 0.999 for _, share in points):
             row["unreachable"] = str(error)
             raise
@@ -128,7 +129,7 @@ def _pruned(path: Path, target: str, kwargs: Mapping[str, Any], row: Row) -> spa
     return result
 
 
-def _unloadable(path: Path) -> str | None:
+def unloadable(path: Path) -> str | None:
     """Why ONNX Runtime itself refuses the original, if it does."""
     try:
         _session(str(path))
@@ -254,23 +255,25 @@ def models_of(folder: Path, only: list[str]) -> list[Path]:
     return exact or [path for path in paths if any(fnmatch.fnmatchcase(path.stem, p) for p in wanted)]
 
 
-def _child(path: Path, options: argparse.Namespace, send: Any) -> None:
+def _child(path: Path, options: argparse.Namespace, send: Any, check: Check) -> None:
     sink = os.open(os.devnull, os.O_WRONLY)
     if not options.verbose:
         os.dup2(sink, 2)
-    send.send(check_model(path, options))
+    send.send(check(path, options))
     send.close()
 
 
-def run_all(paths: list[Path], options: argparse.Namespace, done: Callable[[Row], None]) -> list[Row]:
-    """One process per model, `options.jobs` at a time; rows in the order of `paths`."""
+def run_all(
+    paths: list[Path], options: argparse.Namespace, done: Callable[[Row], None], check: Check = check_model
+) -> list[Row]:
+    """`check` in one process per model, `options.jobs` at a time; rows in the order of `paths`."""
     context = multiprocessing.get_context("fork")
     waiting, running, rows = list(enumerate(paths)), {}, dict[int, Row]()
     while waiting or running:
         while waiting and len(running) < options.jobs:
             k, path = waiting.pop(0)
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(path, options, send))
+            process = context.Process(target=_child, args=(path, options, send, check))
             process.start()
             send.close()
             running[k] = (process, receive, time.perf_counter(), path)

@@ -9,8 +9,9 @@ the uses end up with different shapes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from spa import rules
 from spa.axes import Axes, Axis, Reason, Solution
-from spa.rules import Op, Operand, Relations, Rule
+from spa.rules import REASONS, Op, Operand, Relations, Rule
 from spa.rules.control import handed
 from spa.shapes import Shapes, infer
 
@@ -44,6 +45,8 @@ class Coupling:
     """Initializers and tensor-valued `Constant` outputs."""
     shared: dict[ir.Value, list[Use]]
     """Per weight: its uses."""
+    free: tuple[str, ...] = ()
+    """Shell patterns of inputs and outputs that may change their shapes."""
     solution: Solution = field(init=False)
     _dims: dict[Any, tuple[Axis, ...]] = field(default_factory=dict)
 
@@ -82,15 +85,15 @@ class Coupling:
     _rule_of: dict[ir.Node, Rule] = field(default_factory=dict)
 
 
-def couple(model: ir.Model, *, border: bool = True) -> Coupling:
+def couple(model: ir.Model, *, free: Sequence[str] = ()) -> Coupling:
     """Apply the rules to every node and solve.
 
-    Every operator without a rule, and every tensor of unknown rank, freezes what it touches. Without `border` the
-    inputs and outputs of the graph may shrink too: that is how a single operator is tested.
+    Every operator without a rule, and every tensor of unknown rank, freezes what it touches; so do inputs and outputs
+    of the graph, but for those whose name matches a shell pattern of `free`.
     """
     shapes = infer(model)
     weights = dict(weights_of(model.graph))
-    coupling = Coupling(model, shapes, Axes(), Relations(), [], {}, set(weights), weights, {})
+    coupling = Coupling(model, shapes, Axes(), Relations(), [], {}, set(weights), weights, {}, tuple(free))
     nodes = list(_nodes(model.graph))
     for node in nodes:
         rule = rules.lookup(node.domain, node.op_type, _version(model, node))
@@ -108,8 +111,7 @@ def couple(model: ir.Model, *, border: bool = True) -> Coupling:
     for value in weights:
         for use in (None, *coupling.shared.get(value, ())):
             coupling.dims(value, use)
-    if border:
-        _freeze_border(coupling)
+    _freeze_border(coupling)
     _freeze_homonyms(coupling)
     coupling.solution = coupling.axes.solve()
     return coupling
@@ -128,7 +130,7 @@ def _apply(coupling: Coupling, node: ir.Node) -> None:
     rule = coupling._rule_of.get(node)
     unknown = [v for v, o in zip((*node.inputs, *node.outputs), (*inputs, *outputs), strict=True) if v and o is None]
     if rule is None:
-        op.freeze_all(f"no rule for operator {node.domain + '::' if node.domain else ''}{node.op_type}")
+        op.freeze_all(_no_rule(node))
     elif any(v.name for v in unknown) and node.op_type not in ("If", "Loop", "Scan", "Shape", "Size"):
         op.freeze_all(f"{node.op_type} with a tensor of unknown rank")
     else:
@@ -137,6 +139,13 @@ def _apply(coupling: Coupling, node: ir.Node) -> None:
         rule.apply(op)
         _deny_rest(op)
     coupling.ops.append(op)
+
+
+def _no_rule(node: ir.Node) -> str:
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    reason = REASONS.get(node.op_type) if not domain else None
+    name = f"{domain + '::' if domain else ''}{node.op_type}"
+    return f"no rule for operator {name}" + (f": {reason}" if reason else "")
 
 
 def _deny_rest(op: Op) -> None:
@@ -159,11 +168,14 @@ def _operand(coupling: Coupling, value: ir.Value | None, use: Use | None) -> Ope
 
 
 def _freeze_border(coupling: Coupling) -> None:
+    """Inputs and outputs keep their shapes, but for those that may change."""
     """Inputs and outputs of the graph keep their shapes; initializers listed as inputs are weights."""
     graph = coupling.model.graph
     for values, why in ((graph.inputs, "graph input"), (graph.outputs, "graph output")):
         for value in values:
             if value in coupling.weights and why == "graph input":
+                continue
+            if any(fnmatchcase(value.name or "", pattern) for pattern in coupling.free):
                 continue
             for axis in coupling.dims(value) or ():
                 coupling.axes.freeze(axis, Reason(why))

@@ -30,7 +30,19 @@ from spa.errors import ExternalDataError, ModelError, UnsupportedModelError
 from spa.inference import children
 from spa.wire import LIMIT, Irregular, Span, cut
 
-__all__ = ["File", "Weights", "adopt", "attach", "detach", "lighten", "map_model", "root_cause", "weight_index"]
+__all__ = [
+    "Detached",
+    "File",
+    "Weights",
+    "adopt",
+    "attach",
+    "detach",
+    "lighten",
+    "map_model",
+    "placeholder",
+    "root_cause",
+    "weight_index",
+]
 
 SMALL = 4096
 """Tensors up to this many bytes stay in the protobuf message: shape inference reads them."""
@@ -38,6 +50,8 @@ SPARSE_LIMIT = 64 << 20
 
 Weights: TypeAlias = list[ir.TensorProtocol]
 """Placeholder index -> the tensor it stands for."""
+Detached: TypeAlias = tuple[onnx.ModelProto, Weights, list[int]]
+"""Light message, the weights, bytes of each file with external data (if it is not opened: that are used)."""
 _MARK = "spa:"
 _TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 
@@ -88,6 +102,17 @@ def _mapped(file: File, offset: int, name: str, dtype: ir.DataType, shape: ir.Sh
     return tensor
 
 
+def _absent(what: str, location: str, dtype: ir.DataType, shape: ir.Shape, name: str) -> ir.LazyTensor:
+    """A tensor in a file that nobody looked for."""
+
+    def read() -> ir.TensorProtocol:
+        raise ExternalDataError(
+            f"{what}: its numbers are needed, but external data ('{location}') was left out; read the weights, too."
+        )
+
+    return ir.LazyTensor(read, dtype, shape, name=name)
+
+
 def _tensor(raw: NDArray[np.uint8], name: str, dtype: ir.DataType, shape: ir.Shape) -> ir.TensorProtocol:
     """The bytes of a tensor as stored, without a copy."""
     if dtype.bitwidth < 8:
@@ -108,14 +133,15 @@ class _Detacher:
     The payload of a tensor whose `raw_data` is a token in `spans` stands in `file`.
     """
 
-    def __init__(self, label: str, folder: Path | None) -> None:
-        self.label, self.folder = label, folder
+    def __init__(self, label: str, folder: Path | None, read: bool = True) -> None:
+        self.label, self.folder, self.read = label, folder, read
         self.weights: Weights = []
         self.files: dict[str, File] = {}
+        self.absent: dict[str, int] = {}
         self.file: File | None = None
         self.spans: dict[bytes, Span] = {}
 
-    def model(self, source: onnx.ModelProto) -> tuple[onnx.ModelProto, Weights, int]:
+    def model(self, source: onnx.ModelProto) -> Detached:
         target = onnx.ModelProto()
         for field, value in source.ListFields():
             if field.name != "graph":
@@ -123,7 +149,7 @@ class _Detacher:
         self.graph(source.graph, target.graph)
         for function in target.functions:
             self.nodes(function.node)
-        return target, self.weights, sum(file.size for file in self.files.values())
+        return target, self.weights, [*(file.size for file in self.files.values()), *self.absent.values()]
 
     def graph(self, source: onnx.GraphProto, target: onnx.GraphProto) -> None:
         for field, value in source.ListFields():
@@ -192,13 +218,7 @@ class _Detacher:
                 tensor = _tensor(np.frombuffer(data, np.uint8), source.name, dtype, shape)
         tensor.doc_string = source.doc_string or None
         tensor.metadata_props.update({entry.key: entry.value for entry in source.metadata_props})
-        self.placeholder(tensor, target)
-
-    def placeholder(self, tensor: ir.TensorProtocol, target: onnx.TensorProto) -> None:
-        target.name, target.data_type = tensor.name or "", int(tensor.dtype)
-        target.dims.extend(tensor.shape.numpy())
-        target.data_location = onnx.TensorProto.EXTERNAL
-        target.external_data.add(key="location", value=f"{_MARK}{len(self.weights)}")
+        placeholder(target, tensor, len(self.weights), tensor.name or "")
         self.weights.append(tensor)
 
     def external(self, what: str, source: onnx.TensorProto, dtype: ir.DataType, shape: ir.Shape) -> ir.LazyTensor:
@@ -215,6 +235,10 @@ class _Detacher:
         """The tensor at `location`; refuses what is missing, too short or outside of the model's folder."""
         if dtype == ir.DataType.STRING:
             raise UnsupportedModelError(f"{what} keeps strings as external data; store them in the model file.")
+        if not self.read:
+            tensor = _absent(what, location, dtype, shape, name)
+            self.absent[location] = max(self.absent.get(location, 0), offset + tensor.nbytes)
+            return tensor
         if location not in self.files:
             self.files[location] = self._open(what, location)
         file = self.files[location]
@@ -299,22 +323,22 @@ def copy_field(target: Any, name: str, value: Any) -> None:
         setattr(target, name, value)
 
 
-def detach(source: onnx.ModelProto, label: str, folder: Path | None) -> tuple[onnx.ModelProto, Weights, int]:
-    """Light copy of `source`, its big weights, and the size of the external files.
+def detach(source: onnx.ModelProto, label: str, folder: Path | None, *, read: bool = True) -> Detached:
+    """Light copy of `source` without its big weights; `read=False` does not open files with external data.
 
     Raises: `ModelError` for a damaged tensor, `ExternalDataError`, `UnsupportedModelError`.
     """
-    return _Detacher(label, folder).model(source)
+    return _Detacher(label, folder, read).model(source)
 
 
-def map_model(file: File, label: str) -> tuple[onnx.ModelProto, Weights, int] | None:
+def map_model(file: File, label: str, *, read: bool = True) -> Detached | None:
     """As `detach`, for a model file whose own weights are never held; None if only protobuf's parser can tell.
 
     Raises: as `detach`.
     """
     if not 0 < file.size <= LIMIT:
         return None
-    detacher, proto = _Detacher(label, file.path.parent), onnx.ModelProto()
+    detacher, proto = _Detacher(label, file.path.parent, read), onnx.ModelProto()
     try:
         with mmap.mmap(file.descriptor, file.size, access=mmap.ACCESS_READ) as view:
             light, detacher.spans = cut(view, SMALL)
@@ -435,6 +459,14 @@ def attach(model: ir.Model, weights: Weights) -> None:
     for tensor, assign, _ in list(_slots(model, attributes=True)):
         if isinstance(tensor, ir.ExternalTensor):
             assign(weights[weight_index(os.fspath(tensor.location))])
+
+
+def placeholder(target: onnx.TensorProto, tensor: ir.TensorProtocol, index: int, name: str) -> None:
+    """Make `target` stand for `tensor`, the one at `index` of a list of weights."""
+    target.name, target.data_type = name, int(tensor.dtype)
+    target.dims.extend(tensor.shape.numpy())
+    target.data_location = onnx.TensorProto.EXTERNAL
+    target.external_data.add(key="location", value=f"{_MARK}{index}")
 
 
 def weight_index(location: str) -> int:

@@ -33,7 +33,7 @@ from spa.signature import inputs_of
 from spa.store import publish, save
 from spa.study import Fit
 from spa.twin import Twin
-from spa.verify import Verification, compare, masked, require, zeroed
+from spa.verify import Verification, border, compare, masked, require, zeroed
 
 STAGES = (  # in the order of a run; `search` evaluates models for a metric target
     "load",
@@ -58,6 +58,16 @@ class Change:
 
     before: int
     after: int
+
+
+@dataclass(frozen=True)
+class Reshaped:
+    """An input or output whose shape changed (`--allow-io`)."""
+
+    name: str
+    before: tuple[int | str | None, ...]
+    """Sizes, names of axes, or None."""
+    after: tuple[int | str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -143,6 +153,8 @@ class Report:
     """Latency before and after; None unless it was asked for."""
     metric: Held | None = None
     """The metric that was a target, on held-out samples; None unless there was one."""
+    border: tuple[Reshaped, ...] = ()
+    """Inputs and outputs with other shapes than before."""
 
     def to_json(self) -> dict[str, Any]:
         """As `spa prune --json` prints it."""
@@ -238,7 +250,7 @@ def finish(
         raise _unwritable(path, error) from error
     try:
         with clock.stage("save"):
-            size = save(model, folder / name, external=job.graph.external)
+            size = save(model, folder / name, external=job.graph.external, shard=job.graph.shard)
         written = _within(model, size, most)
         verification = None
         if job.check:
@@ -253,7 +265,7 @@ def finish(
                 else:
                     model, fit = answer.twin.model, answer.fit
             with clock.stage("save"):
-                size = save(model, folder / name, external=job.graph.external)
+                size = save(model, folder / name, external=job.graph.external, shard=job.graph.shard)
             written = _within(model, size, most)
         latency = None
         if loop is not None:
@@ -298,7 +310,18 @@ def _report(job: Job, written: Mapping[Metric, float], verification: Verificatio
         verification,
         job.clock.seconds,
         job.align,
+        border=tuple(_reshaped(job)),
     )
+
+
+def _reshaped(job: Job) -> Iterator[Reshaped]:
+    left, graph = border(job.analysis, job.kept), job.graph.model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        name = value.name or ""
+        if name in left and value.shape is not None:
+            before = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+            new = {axis: len(index) for axis, index in left[name]}
+            yield Reshaped(name, before, tuple(new.get(axis, size) for axis, size in enumerate(before)))
 
 
 def _unwritable(path: Path | None, error: OSError) -> OutputError:
@@ -312,7 +335,16 @@ def compared(job: Job, pruned: ir.Model | Path) -> Verification:
     exact = is_exact(job.analysis, job.kept)
     reference = zeroed(model, job.plan.removed) if exact else masked(job.analysis, job.kept)
     feeds = load_feeds(Path(job.inputs), inputs_of(model)) if job.inputs is not None else None
-    return compare(reference, pruned, exact=exact, seed=job.seed, dims=job.dims, feeds=feeds, original=model)
+    return compare(
+        reference,
+        pruned,
+        exact=exact,
+        seed=job.seed,
+        dims=job.dims,
+        feeds=feeds,
+        original=model,
+        border=border(job.analysis, job.kept),
+    )
 
 
 def is_exact(analysis: Analysis, kept: Mask) -> bool:

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError  # type: ignore[imp
 
 from spa.blocks import blocks
 from spa.errors import ModelError, OutputError, SpaError, UnsupportedModelError, UsageError
-from spa.external import File, Weights, adopt, attach, detach, lighten, map_model, root_cause
+from spa.external import Detached, File, Weights, adopt, attach, detach, lighten, map_model, root_cause
 from spa.inference import children, infer
 from spa.store import save, to_proto
 from spa.wire import LIMIT
@@ -34,9 +34,6 @@ __all__ = ["Graph", "Source", "load", "restore", "save", "to_proto"]
 
 Source: TypeAlias = "str | os.PathLike[str] | onnx.ModelProto | ir.Model | gs.Graph"
 Form: TypeAlias = Literal["path", "proto", "ir", "gs"]
-
-Detached: TypeAlias = tuple[onnx.ModelProto, Weights, int]
-"""Light message, the weights, bytes of external files."""
 
 OLDEST_OPSET = 7
 READ_WHOLE = 8 << 20
@@ -60,16 +57,22 @@ class Graph:
     """Whether the source used external data."""
     file_bytes: int
     """Size of the main file and of its external data."""
+    shard: int | None = None
+    """Bytes of the largest file with external data if there are several."""
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
 
 
-def load(source: Source) -> Graph:
+def load(source: Source, *, weights: bool = True) -> Graph:
     """Prepared working copy of a model: a path, `onnx.ModelProto`, `onnx_ir.Model` or `onnx_graphsurgeon.Graph`.
 
     Weights in external files are mapped, never read into memory as a whole; the files stay usable
     when a new model is saved over them.
+
+    Args:
+        source: the model.
+        weights: look at them. Without, external data is not opened and may be absent: enough to analyse a model.
 
     Raises:
         UsageError: the source is none of these kinds.
@@ -80,19 +83,21 @@ def load(source: Source) -> Graph:
     form, path, label = _form(source)
     try:
         if form == "ir":
-            proto, weights, sha256, external, size = _from_ir(cast(ir.Model, source), label)
+            proto, tensors, sha256, external, size = _from_ir(cast(ir.Model, source), label)
+            parts = list[int]()
         else:
-            found, sha256, size = _read(path) if path else _serialized(_as_proto(source, form))
-            proto, weights, external_bytes = found
-            external, size = external_bytes > 0, size + external_bytes
+            found, sha256, size = _read(path, weights) if path else _serialized(_as_proto(source, form))
+            proto, tensors, parts = found
+            external, size = bool(parts), size + sum(parts)
         model = _prepare(proto, label)
-        attach(model, weights)
-        _refuse_nan(model, label)
+        attach(model, tensors)
+        if weights:
+            _refuse_nan(model, label)
     except (SpaError, MemoryError):
         raise
     except Exception as error:  # the libraries raise anything on a damaged model; none may reach the user raw
         raise ModelError(f"{label}: not a valid ONNX model ({root_cause(error)}); export it again.") from error
-    return Graph(model, sha256, path, form, external, size)
+    return Graph(model, sha256, path, form, external, size, max(parts) if len(parts) > 1 else None)
 
 
 def _form(source: object) -> tuple[Form, Path | None, str]:
@@ -111,7 +116,7 @@ def _form(source: object) -> tuple[Form, Path | None, str]:
     )
 
 
-def _read(path: Path) -> tuple[Detached, str, int]:
+def _read(path: Path, weights: bool) -> tuple[Detached, str, int]:
     """The file's light message with its weights, the file's hash and size."""
     if path.is_dir():
         raise ModelError(f"{path}: is a directory; pass the .onnx file inside of it.")
@@ -135,23 +140,23 @@ def _read(path: Path) -> tuple[Detached, str, int]:
         raise UnsupportedModelError(f"{path}: is in ONNX Runtime's own format; pass the original .onnx file.")
     if file.size > LIMIT:
         raise UnsupportedModelError(f"{path}: is above 2 GB; save it again with external data.")
-    mapped = map_model(file, str(path)) if file.size > READ_WHOLE and os.name != "nt" else None
-    return mapped or _parsed(file, str(path)), sha256, file.size
+    mapped = map_model(file, str(path), read=weights) if file.size > READ_WHOLE and os.name != "nt" else None
+    return mapped or _parsed(file, str(path), weights), sha256, file.size
 
 
-def _parsed(file: File, label: str) -> Detached:
+def _parsed(file: File, label: str, weights: bool) -> Detached:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(file.read(0, file.size).tobytes())
     except DecodeError as error:
         raise ModelError(f"{label}: not an ONNX model, or truncated or damaged; copy or export it again.") from error
-    return _detached(proto, label, file.path.parent)
+    return _detached(proto, label, file.path.parent, weights)
 
 
-def _detached(proto: onnx.ModelProto, label: str, folder: Path | None) -> Detached:
+def _detached(proto: onnx.ModelProto, label: str, folder: Path | None, weights: bool = True) -> Detached:
     if not proto.HasField("graph"):
         raise ModelError(f"{label}: not an ONNX model (it has no graph); pass a .onnx file.")
-    return detach(proto, label, folder)
+    return detach(proto, label, folder, read=weights)
 
 
 def _as_proto(source: object, form: Form) -> onnx.ModelProto:

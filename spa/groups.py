@@ -7,7 +7,7 @@ criterion ranks them against each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,13 +103,13 @@ class Analysis:
 
 
 def analyze_model(
-    model: ir.Model, dims: Mapping[str, int] | None = None, overhead: int = 0, *, border: bool = True
+    model: ir.Model, dims: Mapping[str, int] | None = None, overhead: int = 0, *, free: Sequence[str] = ()
 ) -> Analysis:
     """Find the groups of `model`; `dims` binds symbolic axes for the cost, `overhead` is added to its bytes.
 
-    `border`: the inputs and outputs of the graph keep their shapes.
+    Inputs and outputs of the graph keep their shapes, but for those whose names match a shell pattern of `free`.
     """
-    coupling = couple(model, border=border)
+    coupling = couple(model, free=free)
     cost = CostModel(coupling, dims, overhead)
     poison = poisonous(coupling)
     inexact = inexact_leaves(coupling, poison)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from spa.budget.select import Align, MinKeep
 from spa.errors import OutputError, TargetError, UsageError
@@ -42,6 +43,14 @@ def choose(analysis: Analysis, scope: Scope, kinds: Sequence[str], ignore: Seque
             hint = f"--kinds and --ignore leave none of its {len(analysis.groups)} groups; see `spa inspect`"
         raise TargetError(f"nothing in this model can be pruned with these options: {hint}")
     return out
+
+
+def check_border(model: ir.Model, patterns: Sequence[str]) -> None:
+    """Raise UsageError if a pattern of `--allow-io` matches no input and no output."""
+    names = [value.name or "" for value in (*model.graph.inputs, *model.graph.outputs)]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise UsageError(f"--allow-io {pattern!r} matches no input and no output; there are {', '.join(names)}")
 
 
 def _frozen_hint(analysis: Analysis) -> str:

@@ -65,6 +65,7 @@ def prune(
     dims: Mapping[str, int] | None = None,
     inputs: str | os.PathLike[str] | None = None,
     check: bool = True,
+    allow_io: Sequence[str] = (),
     evaluate: Any = None,
     metric: str | Custom | None = None,
     minimise: str | None = None,
@@ -116,6 +117,8 @@ def prune(
         dims: sizes of symbolic axes by name, for costs and verification.
         inputs: `.npz` with one array per graph input, for verification instead of synthetic inputs.
         check: verify before anything is written.
+        allow_io: shell patterns of inputs and outputs of the graph whose shapes may change, such as those of a KV
+            cache; all others keep theirs. `Report.border` has the new ones.
         evaluate: samples for a metric target, as `calibration`; by default a fifth of the calibration samples, which
             are then not fit on.
         metric: what `metric-drop` is about: a name, or a function of all outputs [samples, ...] and labels that gives
@@ -168,6 +171,7 @@ def prune(
         dims=dims,
         inputs=inputs,
         check=check,
+        allow_io=allow_io,
     )
     if goal is None and (evaluate is not None or metric is not None or minimise is not None):
         raise UsageError(
@@ -230,7 +234,7 @@ def apply(
         graph = load(source)
     _check_model(graph, plan, label)
     with clock.stage("analyze"):
-        analysis = analyze(graph, dims=dims)
+        analysis = analyze(graph, dims=dims, allow_io=plan.settings.get("allow_io", ()))
     with clock.stage("plan"):
         kept = kept_by(analysis, plan, label)
     return finish(Job(graph, analysis, plan, kept, clock, output, dims, inputs, 0, check, "auto"))
@@ -259,7 +263,7 @@ def verify(
     plan, label = (plan, "the plan") if isinstance(plan, Plan) else (read_plan(Path(plan)), str(plan))
     graph = load(source)
     _check_model(graph, plan, label)
-    analysis = analyze(graph, dims=dims)
+    analysis = analyze(graph, dims=dims, allow_io=plan.settings.get("allow_io", ()))
     kept = kept_by(analysis, plan, label)
     job = Job(graph, analysis, plan, kept, Clock(silent), None, dims, inputs, seed, True, "auto")
     model = load(pruned).model

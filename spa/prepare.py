@@ -24,7 +24,7 @@ from spa.graph import Graph, Source, load
 from spa.groups import Analysis, analyze_model
 from spa.latency.query import Setting
 from spa.methods import Compensation, Recalibration, resolve
-from spa.options import Scope, check_choices, parse_memory, parse_min_keep
+from spa.options import Scope, check_border, check_choices, parse_memory, parse_min_keep
 from spa.plan import GroupRecord, Plan
 from spa.removal import kept_without, removals
 from spa.runtime import Provider
@@ -70,6 +70,7 @@ class Options:
     dims: Mapping[str, int] | None = None
     inputs: str | os.PathLike[str] | None = None
     check: bool = True
+    allow_io: Sequence[str] = ()
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Options:
@@ -130,6 +131,7 @@ class Prepared:
             "ignore": list(options.ignore),
             "min_keep": str(options.min_keep),
             **({"steps": options.steps} if options.steps > 1 else {}),
+            **({"allow_io": list(options.allow_io)} if options.allow_io else {}),
             "seed": options.seed,
             "align": selection.align,
         }
@@ -157,18 +159,21 @@ class Prepared:
         return {"bytes": self.graph.file_bytes, "parameters": self.analysis.parameters}
 
 
-def analyze(source: Source | Graph, *, dims: Mapping[str, int] | None = None) -> Analysis:
+def analyze(source: Source | Graph, *, dims: Mapping[str, int] | None = None, allow_io: Sequence[str] = ()) -> Analysis:
     """Find what can be pruned in a model: groups with their units, what is frozen and why.
 
     Args:
         source: path, `onnx.ModelProto`, `onnx_ir.Model`, `onnx_graphsurgeon.Graph`, or a loaded `Graph`.
         dims: sizes of symbolic axes by name, for the costs.
+        allow_io: shell patterns of inputs and outputs that may change their shapes.
 
     Raises:
         ModelError: the model cannot be read (see `spa.load`).
+        UsageError: a pattern matches no input and no output.
     """
     graph = source if isinstance(source, Graph) else load(source)
-    return analyze_model(graph.model, dims, _overhead(graph))
+    check_border(graph.model, allow_io)
+    return analyze_model(graph.model, dims, _overhead(graph), free=allow_io)
 
 
 def _overhead(graph: Graph) -> int:
@@ -224,6 +229,10 @@ def prepared(
         recalibrate=options.recalibrate,
     )
     check_choices(options.scope, options.kinds, options.align)
+    if options.allow_io and (options.calibration is not None or hold is not None or timed):
+        raise UsageError(
+            "--allow-io changes what the model is fed with: leave out --calibration, --evaluate and latency targets"
+        )
     if options.steps < 1:
         raise UsageError(f"--steps: {options.steps} is too few; write 1 or more")
     if hold is not None and options.steps > 1:
@@ -240,7 +249,7 @@ def prepared(
     with clock.stage("load"):
         graph = source if isinstance(source, Graph) else load(source)
     with clock.stage("analyze"):
-        analysis = analyze(graph, dims=options.dims)
+        analysis = analyze(graph, dims=options.dims, allow_io=options.allow_io)
     with clock.stage("calibrate"):
         data = None if options.calibration is None else _samples(graph, options, options.calibration, options.samples)
         whole = "" if data is None else data.digest

@@ -12,11 +12,10 @@ import functools
 import importlib
 import importlib.metadata
 import io
-import mmap
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from spa.errors import RuntimeFailure, UsageError
 
 __all__ = [
+    "LENT",
     "Array",
     "NodeArg",
     "Provider",
@@ -40,7 +40,6 @@ __all__ = [
     "open_session",
     "place",
     "provider_of",
-    "released",
     "run",
     "run_values",
     "runner",
@@ -50,9 +49,10 @@ __all__ = [
 Provider = Literal["auto", "cpu", "cuda"]
 Array = npt.NDArray[Any]
 
+LENT = "lent.bin"
+"""Where a model says that its weights are while they are lent to a session."""
 _CUDA = "CUDAExecutionProvider"
 _CPU = "CPUExecutionProvider"
-_RELEASE_EVERY = 0.005  # seconds
 _SILENT = 4  # ONNX Runtime's severity FATAL
 # numpy has no such types; ONNX Runtime takes their bits, with the ONNX type beside them
 _RAW_TYPES: Mapping[str, tuple[int, np.dtype[Any]]] = {
@@ -192,6 +192,9 @@ def _options(ort: Any, threads: int, optimize: bool, arena: bool, deterministic:
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = arena
+    if not arena:
+        # by default casts of weights, which have no inputs, all come first, and their results wait for their readers
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.use_deterministic_compute = deterministic
     # idle threads of one session must not steal time from another one in this process
     options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -225,6 +228,7 @@ def open_session(
     deterministic: bool = True,
     repack: bool = True,
     profile: Path | None = None,
+    weights: Mapping[str, Array] | None = None,
 ) -> Session:
     """Open `model` with ONNX Runtime, without noise.
 
@@ -236,8 +240,9 @@ def open_session(
         arena: keep memory between runs; off is slower and uses less.
         deterministic: deterministic kernels, and on CUDA no TF32, so that figures can be compared.
         repack: copy weights into the layout that kernels like best; off, and with `optimize` and `arena` off, weights
-            in external data stay mapped on the CPU and take no memory of their own.
+            in external data, or in `weights`, stay where they are on the CPU and take no memory of their own.
         profile: record when each operator runs, in a file whose name begins so; `Session.end_profiling` writes it.
+        weights: initializers of a serialised model that are external data in the file `LENT` there; CPU only.
 
     Raises:
         RuntimeFailure: ONNX Runtime refuses the model, or CUDA is asked for and does not work.
@@ -249,6 +254,8 @@ def open_session(
     options = _options(ort, threads, optimize, arena, deterministic, repack)
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, os.fspath(profile)
+    if weights and isinstance(model, bytes):
+        return _lent(ort, model, options, weights)
     problem = None if provider == "cpu" else cuda_problem()
     if provider == "cuda" and problem is not None:
         raise _no_cuda(problem)
@@ -278,6 +285,21 @@ def _open_cuda(ort: Any, model: Path | bytes, options: Any, cuda: dict[str, str]
     return None, "ONNX Runtime could not start it: CUDA 13, cuDNN 9 and an NVIDIA driver are needed"
 
 
+def _lent(ort: Any, model: bytes, options: Any, weights: Mapping[str, Array]) -> Session:
+    """A session on the CPU whose weights are those arrays themselves."""
+    values = _values(weights)
+    for name, value in values.items():
+        options.add_initializer(name, value)
+    with tempfile.TemporaryDirectory(prefix="spa-session-") as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model)
+        with open(path.with_name(LENT), "wb") as file:  # never read, but it must be there and large enough
+            file.truncate(max(array.nbytes for array in weights.values()))
+        session = _create(ort, path, options, [_CPU])
+    vars(session)["lent"] = values  # for as long as it lives
+    return session
+
+
 def _create(ort: Any, model: Path | bytes, options: Any, providers: list[Any]) -> Session:
     source, label = (
         (model, f"a model of {len(model)} bytes") if isinstance(model, bytes) else (os.fspath(model), str(model))
@@ -289,53 +311,6 @@ def _create(ort: Any, model: Path | bytes, options: Any, providers: list[Any]) -
     except Exception as error:  # its exception classes are private and share no base
         raise RuntimeFailure(f"ONNX Runtime cannot load {label}: {_first_line(error)}.") from error
     return session
-
-
-@contextlib.contextmanager
-def released(folder: Path) -> Iterator[None]:
-    """Let go of mapped pages of the files in `folder` soon after they were read (on Linux; elsewhere nothing happens).
-
-    For use around the runs of an open session: ONNX Runtime keeps the files of external data mapped, so that in the
-    end every page it has read counts as this process's memory.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    done = threading.Event()
-    ranges = _clean_ranges(folder.resolve())  # found once: a model that runs writes to none of its weights
-
-    def release() -> None:
-        while not done.wait(_RELEASE_EVERY):
-            for start, length in ranges:
-                advise(start, length, mmap.MADV_DONTNEED)
-
-    thread = threading.Thread(target=release, name="spa-release", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _clean_ranges(folder: Path) -> list[tuple[int, int]]:
-    """Where files of `folder` are mapped without a page that was written to (that one would be lost)."""
-    found: list[tuple[int, int]] = []
-    inside = False
-    with open("/proc/self/smaps", "rb") as lines:
-        for line in lines:
-            words = line.split(maxsplit=5)
-            if b"-" in words[0]:
-                low, high = (int(word, 16) for word in words[0].split(b"-"))
-                inside = len(words) > 5 and words[5].startswith(os.fsencode(folder) + b"/")
-                if inside:
-                    found.append((low, high - low))
-            elif inside and words[0] == b"Anonymous:" and words[1] != b"0":
-                found.pop()
-                inside = False
-    return found
 
 
 def provider_of(session: Session) -> Literal["cpu", "cuda"]:

@@ -67,7 +67,9 @@ class Schedule:
             kept = kept_without(step.analysis, chosen.removed)
             twin = rewritten(step.analysis, kept)
             step.compensate(kept, twin, chosen.removed)
-            analysis = first.query.extend(analyze_model(twin.model, self.dims, first.analysis.cost.overhead))
+            analysis = first.query.extend(
+                analyze_model(twin.model, self.dims, first.analysis.cost.overhead, free=first.analysis.coupling.free)
+            )
             self._follow(analysis, chosen.removed)
             step = self._step(analysis, k + 1, Cache())
         self._last = step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import tempfile
 import weakref
@@ -15,6 +16,14 @@ from numpy.typing import NDArray
 from spa.errors import UsageError
 
 Kind = TypeVar("Kind", bound=np.generic)
+
+
+def on_disk(array: NDArray[Any]) -> bool:
+    """Whether an array's numbers are those of a mapped file."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap)
 
 
 @dataclass(eq=False)
@@ -33,7 +42,7 @@ class Shelf:
         Raises:
             UsageError: the temporary folder cannot take them.
         """
-        return array if self.room(array.nbytes) else self.store(array)
+        return array if on_disk(array) or self.room(array.nbytes) else self.store(array)
 
     def room(self, size: int) -> bool:
         """Whether `size` bytes more are within the limit; they count from now on if so."""

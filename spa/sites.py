@@ -253,14 +253,18 @@ def constant_of(value: ir.Value) -> ir.TensorProtocol | None:
     return tensor_of(producer)
 
 
-def exchange(value: ir.Value, array: NDArray[Any]) -> None:
-    """Write new numbers of the same shape and type into an initializer or `Constant` node."""
+def exchange(
+    value: ir.Value, array: NDArray[Any], keep: Callable[[NDArray[Any]], NDArray[Any]] = lambda array: array
+) -> ir.Tensor[Any]:
+    """Write new numbers of the same shape and type into an initializer or `Constant` node; they go through `keep`."""
     old = constant_of(value)
     assert old is not None
-    tensor = ir.Tensor(array.astype(old.dtype.numpy()).reshape(old.shape.numpy()), dtype=old.dtype, name=old.name)
+    numbers = keep(np.asarray(array, old.dtype.numpy(), order="C").reshape(old.shape.numpy()))
+    tensor = ir.Tensor(numbers, dtype=old.dtype, name=old.name)
     producer = value.producer()
     if producer is None:
         value.const_value = tensor
     else:
         producer.attributes.clear()
         producer.attributes["value"] = ir.AttrTensor("value", tensor)
+    return tensor

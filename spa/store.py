@@ -6,9 +6,9 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import onnx
 import onnx_ir as ir
@@ -20,7 +20,7 @@ from spa.external import File, Weights, lighten, map_model, root_cause, weight_i
 from spa.inference import children, infer
 from spa.wire import LIMIT, splice, tokens
 
-__all__ = ["outline", "publish", "save", "to_proto", "unpack"]
+__all__ = ["fill", "heavy", "light", "outline", "publish", "save", "to_proto", "unpack"]
 
 PAGE = 4096
 ALIGN_ABOVE = 64 * 1024
@@ -29,11 +29,12 @@ SINGLE_FILE_LIMIT = 1_800_000_000
 """Above this many bytes the weights go to a second file: protobuf ends at 2 GiB."""
 
 
-def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool) -> int:
+def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool, shard: int | None = None) -> int:
     """Write `model`, with freshly inferred `value_info`; returns how many bytes were written.
 
     One file, or with `external` (and always above 1.8 GB of weights) a second one beside it, named
-    `<name>.data`. Weights are evaluated and written one at a time. The same model gives the
+    `<name>.data`; with `shard` as many of at most so many bytes as it takes, `<name>.data`, `<name>.data_1` and so
+    on (a weight is never divided). Weights are evaluated and written one at a time. The same model gives the
     same bytes. Either everything is written or nothing is changed; the target may be the source.
     While it runs the model's tensors are swapped for placeholders: let no other thread use the model.
 
@@ -45,8 +46,8 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, external: bool) -> in
         raise OutputError(f"{path}: is a directory; name the output file.")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: the folder '{path.parent}' does not exist; create it first.")
-    proto, weights = _light(model)
-    return _write_files(proto, weights, path, external=external)
+    proto, weights = light(model)
+    return _write_files(proto, weights, path, external=external, shard=shard)
 
 
 def unpack(source: ir.Model | Path, target: Path) -> Path:
@@ -60,7 +61,7 @@ def unpack(source: ir.Model | Path, target: Path) -> Path:
             return source
         proto, weights, _ = found
     else:
-        proto, weights = _light(source)
+        proto, weights = light(source)
     if proto.ir_version >= 4:  # before, initializers had to be inputs
         _lift(proto.graph)
     _write_files(proto, weights, target, external=True)
@@ -82,7 +83,7 @@ def outline(model: ir.Model, path: Path, shared: Callable[[str], str | None], le
     Raises:
         OutputError: the file cannot be written.
     """
-    proto, weights = _light(model)
+    proto, weights = light(model)
     if proto.ir_version >= 4:  # before, initializers had to be inputs
         _lift(proto.graph)
     needed: dict[str, int] = {}
@@ -125,20 +126,21 @@ def _lift(graph: onnx.GraphProto) -> None:
         graph.node.extend(copies.node)
 
 
-def _write_files(proto: onnx.ModelProto, weights: Weights, path: Path, *, external: bool) -> int:
+def _write_files(
+    proto: onnx.ModelProto, weights: Weights, path: Path, *, external: bool, shard: int | None = None
+) -> int:
     """Write a light message and its weights to `path`, or beside it."""
-    data_path = path.with_name(path.name + ".data")
     sizes = [weights[index].nbytes for _, index in _initializers(proto.graph)]
     outside = bool(sizes) and (external or sum(sizes) > SINGLE_FILE_LIMIT)
+    parts = list(_shards(proto, weights, shard)) if outside else []
+    data = [path.with_name(f"{path.name}.data" + (f"_{k}" if k else "")) for k in range(len(parts))]
     token = secrets.token_hex(8)
-    temporary = {target: target.with_name(f".{target.name}.{token}.tmp") for target in (data_path, path)}
+    temporary = {target: target.with_name(f".{target.name}.{token}.tmp") for target in (*data, path)}
     try:
         written = 0
-        if outside:
-            with open(temporary[data_path], "xb") as file:
-                written = _stream_data(proto, weights, file, data_path.name)
-        else:
-            del temporary[data_path]
+        for target, part in zip(data, parts, strict=True):
+            with open(temporary[target], "xb") as file:
+                written += _stream_data(part, weights, file, target.name)
         with open(temporary[path], "xb") as file:
             inside = _constants(proto.graph) if outside else (*_initializers(proto.graph), *_constants(proto.graph))
             _stream_model(proto, inside, weights, file)
@@ -180,7 +182,8 @@ def publish(temporary: dict[Path, Path]) -> None:
             backup.unlink(missing_ok=True)
 
 
-def _light(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:
+def light(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:
+    """A message with freshly inferred `value_info` whose large tensors are placeholders, and the tensors themselves."""
     proto, weights = lighten(model, attributes=True)
     infer(proto, None, names=True)
     return proto, weights
@@ -188,10 +191,22 @@ def _light(model: ir.Model) -> tuple[onnx.ModelProto, Weights]:
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
     """Self-contained message with all weights inside, evaluated, and freshly inferred `value_info`."""
-    proto, weights = _light(model)
-    for tensor, index in (*_initializers(proto.graph), *_constants(proto.graph)):
-        _fill(tensor, weights[index].tobytes())
+    proto, weights = light(model)
+    fill(proto.graph, weights)
     return proto
+
+
+def fill(graph: onnx.GraphProto, weights: Weights, leave: Container[str] = ()) -> None:
+    """Put the data into the placeholders of a light message's graph, but for those named `leave`, as they are."""
+    for tensor, index in (*_initializers(graph), *_constants(graph)):
+        if tensor.name not in leave:
+            _fill(tensor, weights[index].tobytes())
+
+
+def heavy(graph: onnx.GraphProto, weights: Weights) -> dict[str, ir.TensorProtocol]:
+    """What the placeholders among the initializers of the graph itself stand for, where numpy has the type."""
+    found = {tensor.name: weights[index] for tensor, index in _indexed(graph.initializer)}
+    return {name: tensor for name, tensor in found.items() if tensor.dtype.numpy().kind in "fiub"}
 
 
 def _initializers(graph: onnx.GraphProto) -> Iterator[tuple[onnx.TensorProto, int]]:
@@ -223,12 +238,35 @@ def _fill(tensor: onnx.TensorProto, raw: bytes) -> None:
     tensor.ClearField("data_location")
 
 
-def _stream_data(proto: onnx.ModelProto, weights: Weights, file: BinaryIO, location: str) -> int:
-    """Write all initializers to `file`, one at a time, and point the placeholders to `location`."""
+Placeholder: TypeAlias = "tuple[onnx.TensorProto, int]"
+"""A tensor without its data, and the index of the weight it stands for."""
+
+
+def _shards(proto: onnx.ModelProto, weights: Weights, most: int | None) -> Iterator[list[Placeholder]]:
+    """All initializers in their order, cut where a file would have more than `most` bytes."""
+    part: list[Placeholder] = []
+    size = 0
+    for tensor, index in _initializers(proto.graph):
+        length = weights[index].nbytes
+        if part and most is not None and size + _padding(size, length) + length > most:
+            yield part
+            part, size = [], 0
+        part.append((tensor, index))
+        size += _padding(size, length) + length
+    yield part
+
+
+def _padding(offset: int, length: int) -> int:
+    """Bytes to skip before a tensor."""
+    return -offset % PAGE if length > ALIGN_ABOVE else 0
+
+
+def _stream_data(part: list[Placeholder], weights: Weights, file: BinaryIO, location: str) -> int:
+    """Write initializers to `file`, one at a time, and point the placeholders to `location`."""
     offset = 0
-    for tensor, index in list(_initializers(proto.graph)):
+    for tensor, index in part:
         weight = weights[index]
-        padding = -offset % PAGE if weight.nbytes > ALIGN_ABOVE else 0
+        padding = _padding(offset, weight.nbytes)
         file.write(b"\0" * padding)
         offset += padding
         _write(weight, file)

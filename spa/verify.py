@@ -28,10 +28,11 @@ from spa.errors import RuntimeFailure, VerifyError
 from spa.exactness import pinned
 from spa.feeds import runnable_feeds
 from spa.groups import Analysis
+from spa.heap import released
 from spa.plan import Removal
 from spa.removal import Mask, changed_leaves
 from spa.rules import Flow
-from spa.runtime import Session, open_session, released, run
+from spa.runtime import Session, open_session, run
 from spa.store import save, unpack
 from spa.twin import Twin
 
@@ -44,6 +45,8 @@ LARGE = 64 << 20
 """Above this many bytes of weights ONNX Runtime maps them instead of holding its own copy."""
 
 Feeds = Mapping[str, NDArray[Any]]
+Kept = Mapping[str, Sequence[tuple[int, NDArray[np.intp]]]]
+"""Inputs and outputs that lost positions: axes, with what is left there."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +255,7 @@ def compare(
     dims: Mapping[str, int] | None = None,
     feeds: Feeds | None = None,
     original: ir.Model,
+    border: Kept | None = None,
     runs: int = 1,
 ) -> Verification:
     """Run both models on the same inputs and compare all outputs.
@@ -264,6 +268,7 @@ def compare(
         dims: sizes of symbolic axes of the inputs.
         feeds: inputs to use instead of synthetic ones.
         original: the model before pruning: its inputs, the sizes of its tables, its precision.
+        border: inputs and outputs of which the pruned model has a part; that part is compared.
         runs: how many synthetic inputs to compare.
 
     Raises:
@@ -280,11 +285,35 @@ def compare(
     with _folder(pruned if limited and isinstance(pruned, Path) else None) as folder:
         # one after the other, as each may need as much memory as there is
         inputs, wanted = _outputs(reference, folder / "reference", "the original model", limited, choose)
-        _, got = _outputs(pruned, folder / "pruned", "the pruned model", limited, lambda _: inputs)
+        narrow = [_part(given, border or {}) for given in inputs]
+        _, got = _outputs(pruned, folder / "pruned", "the pruned model", limited, lambda _: narrow)
     worst = Verification(exact, 0.0, 0.0, tolerance, 0)
     for want, have in zip(wanted, got, strict=True):
-        worst = _worse(worst, measure(want, have, exact, tolerance))
+        worst = _worse(worst, measure(_part(want, border or {}), have, exact, tolerance))
     return worst
+
+
+def border(analysis: Analysis, kept: Mask) -> Kept:
+    """What a removal leaves of the inputs and outputs of the graph."""
+    coupling, solution = analysis.coupling, analysis.coupling.solution
+    found: dict[str, list[tuple[int, NDArray[np.intp]]]] = {}
+    if not coupling.free:
+        return found
+    for value in (*coupling.model.graph.inputs, *coupling.model.graph.outputs):
+        for axis, dim in enumerate(coupling.dims(value) or ()):
+            mask = solution.keep(dim, kept) if isinstance(coupling.axes.size(dim), int) else np.ones(1, bool)
+            if not mask.all():
+                found.setdefault(value.name or "", []).append((axis, np.flatnonzero(mask)))
+    return found
+
+
+def _part(values: Feeds, border: Kept) -> Feeds:
+    """Values with only the positions that are left."""
+    out = dict(values)
+    for name, cuts in border.items():
+        for axis, index in cuts if name in out else ():
+            out[name] = np.take(out[name], index, axis=axis)
+    return out
 
 
 def _weight_bytes(model: ir.Model) -> int:

@@ -56,7 +56,7 @@ class Law:
         self.subject = subject
         self.engine = engine or engine_for(subject)
         self.model = subject.model
-        self.analysis: Analysis = analyze_model(self.model, border=False)
+        self.analysis: Analysis = analyze_model(self.model, free=("*",))
         self.coupling = self.analysis.coupling
         self.solution = self.coupling.solution
         self.values = {v.name: v for v in (*self.model.graph.inputs, *self.model.graph.initializers.values())}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
@@ -131,7 +132,7 @@ def test_exchanged_weights_act_behind_the_cut_only(constants: bool, memory: int)
     changed = w | {"c.weight": w["c.weight"] * 2}
     parts.override("c.weight", changed["c.weight"])
     np.testing.assert_allclose(now(second), out(changed), rtol=1e-4, atol=1e-5)
-    assert parts.overrides["c.weight"].data_type == TensorProto.FLOAT
+    assert parts.overrides["c.weight"].dtype == ir.DataType.FLOAT
     # what lies before the cut has been computed
     parts.override("a.weight", w["a.weight"] * 3)
     np.testing.assert_allclose(now(second), out(changed), rtol=1e-4, atol=1e-5)

@@ -29,6 +29,7 @@ from spa.moments import Joint
 from spa.progress import Progress, silent
 from spa.removal import Mask
 from spa.runtime import Value, place
+from spa.shelf import Shelf
 from spa.sites import constant_of, exchange
 from spa.twin import Twin
 
@@ -73,7 +74,7 @@ def refit_sites(
     first = Front(before, data, setup.batch, setup.memory // 8)
     fronts = [first, Front(after, data, setup.batch, setup.memory // 8, beside=first)]
     ancestors = site_ancestors(twin.model, {pair.pruned.name for pair in pairs})
-    trim = Trim(setup.memory // 8)
+    trim, shelf = Trim(setup.memory // 8), Shelf(setup.memory // 8)
     done = 0
     progress("refit", done, len(pairs))
     for step in steps(pairs, ancestors):
@@ -97,7 +98,7 @@ def refit_sites(
             for left, right in zip(dense, small, strict=True):
                 task.split(left, right)
                 trim()
-            _solve(task, (dense, small), biases[task.pair], after, damping, bends)
+            _solve(task, (dense, small), biases[task.pair], after, shelf, damping, bends)
         done += len(step)
         progress("refit", done, len(pairs))
 
@@ -159,9 +160,15 @@ def _meter(
 
 
 def _solve(
-    task: _Task, values: tuple[Window, Window], bias: Bias, parts: Segments, damping: float | None, bends: int
+    task: _Task,
+    values: tuple[Window, Window],
+    bias: Bias,
+    parts: Segments,
+    shelf: Shelf,
+    damping: float | None,
+    bends: int,
 ) -> None:
-    """Give one site its new weights and bias, in the pruned model and in `parts`, which runs it."""
+    """Give one site its new weights and bias, in the pruned model and in `parts`, which runs it; `shelf` keeps them."""
     site = task.pair.pruned
     moments, other = task.meter.halves()
     if task.mix is not None:
@@ -182,9 +189,7 @@ def _solve(
         assert bent is not None
         new = np.stack([s(c) for s, c in zip(solved, bent.cross, strict=True)])
         offset = bent.mean_t - np.einsum("gmd,gd->gm", new, bent.mean_x)
-    array = site.stored(new)
-    exchange(site.weight, array)
-    parts.override(site.weight.name or "", array.reshape(tensor.shape.numpy()))
+    parts.override(site.weight.name or "", exchange(site.weight, site.stored(new), shelf.keep))
     numbers = offset.reshape(-1)
     parts.override(bias.value.name or "", bias.write(numbers if bias.inside else bias.read() + numbers))
 

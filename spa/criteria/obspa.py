@@ -33,6 +33,7 @@ def consumers(group: Group, measured: Measured) -> list[Consumer]:
         joint, weight, columns = measured.joint(tap.site), tap.site.weights, tap.columns(group.units)
         total = float(np.einsum("gmd,gde,gme->", weight, joint.xx, weight, optimize=True)) / joint.rows
         importance = 1.0 / max(total, 1e-30)
+        weight = measured.shelf.keep(weight)
         out += [
             Consumer(weight[g], measured.inverse(tap.site, g, DAMPING), columns[g], importance)
             for g in range(len(weight))

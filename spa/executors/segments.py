@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from spa.errors import UnsupportedModelError
 from spa.executors.fused import linear_part
+from spa.external import Weights, placeholder
 from spa.inference import children
-from spa.runtime import Provider, Session, Value, open_session, place, run_values
-from spa.store import to_proto
+from spa.runtime import LENT, Provider, Session, Value, open_session, place, run_values
+from spa.shelf import Shelf
+from spa.store import fill, heavy, light
 
 Feeds = Mapping[str, NDArray[Any]]
 _ELEMENTS = {
@@ -28,6 +30,8 @@ _ELEMENTS = {
     "tensor(double)": 11, "tensor(uint32)": 12, "tensor(uint64)": 13, "tensor(bfloat16)": 16,
 }  # fmt: skip
 """ONNX Runtime's names of element types -> `onnx.TensorProto.DataType`."""
+LARGE = 512 << 20
+"""Bytes of weights above which sessions read them where they are, and are not optimised."""
 
 
 @dataclass
@@ -35,9 +39,12 @@ class Segments:
     """A model whose parts can be run, with weights that may be exchanged between runs."""
 
     proto: onnx.ModelProto
+    """Light: large tensors are placeholders (`spa.external`), so that no weight is held twice."""
+    weights: Weights
+    """What the placeholders stand for."""
     provider: Provider = "cpu"
     threads: int = 0
-    overrides: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    overrides: dict[str, ir.TensorProtocol] = field(default_factory=dict)
     """Tensors that replace initializers of `proto`, or its `Constant` nodes."""
 
     def __post_init__(self) -> None:
@@ -45,6 +52,7 @@ class Segments:
         self.initializers = {t.name: t for t in graph.initializer}
         self.inputs = [i.name for i in graph.input if i.name not in self.initializers]
         self.outputs = [o.name for o in graph.output]
+        self.large = sum(tensor.nbytes for tensor in self.weights) > LARGE
         self.producer = {name: k for k, node in enumerate(graph.node) for name in node.output if name}
         self.reads = [tuple(dict.fromkeys(reads(node))) for node in graph.node]
         infos = (*graph.input, *graph.value_info, *graph.output)
@@ -62,18 +70,20 @@ class Segments:
     @staticmethod
     def of(model: ir.Model, provider: Provider = "cpu", threads: int = 0) -> Segments:
         """The parts of a model; it is copied. Linear parts of fused operators can be asked for (`fused.SUFFIX`)."""
-        proto = to_proto(model)
+        proto, weights = light(model)
         nodes = [(linear_part(node), node) for node in proto.graph.node]
         if any(linear for linear, _ in nodes):
             del proto.graph.node[:]
             for linear, node in nodes:
                 proto.graph.node.extend([*linear, node])
-        return Segments(proto, provider, threads)
+        return Segments(proto, weights, provider, threads)
 
-    def override(self, name: str, array: NDArray[Any]) -> None:
+    def override(self, name: str, array: NDArray[Any] | ir.TensorProtocol) -> None:
         """Exchange an initializer or what a `Constant` node holds; its type stays."""
-        dtype = ir.DataType(self._constant_type(name)).numpy()
-        self.overrides[name] = ir.to_proto(ir.tensor(array.astype(dtype), name=name))
+        if isinstance(array, np.ndarray):
+            dtype = ir.DataType(self._constant_type(name))
+            array = ir.Tensor(array.astype(dtype.numpy()), dtype, name=name)
+        self.overrides[name] = array
 
     def _constant_type(self, name: str) -> int:
         if name in self.initializers:
@@ -92,6 +102,12 @@ class Segments:
         Raises:
             UnsupportedModelError: a value at the cut has no known type.
         """
+        proto, needed, weights = self._cut(wanted, at_hand)
+        fill(proto.graph, weights)
+        return proto, needed
+
+    def _cut(self, wanted: Sequence[str], at_hand: Collection[str]) -> tuple[onnx.ModelProto, list[str], Weights]:
+        """As `extract`, but with placeholders for `weights`."""
         nodes, needed, constants = set[int](), dict[str, None](), set[str]()
         todo = list(wanted)
         seen = set[str]()
@@ -111,10 +127,15 @@ class Segments:
         out = onnx.ModelProto(ir_version=self.proto.ir_version)
         out.opset_import.extend(self.proto.opset_import)
         out.graph.name = "segment"
+        weights = list(self.weights)
         for k in sorted(nodes):
             out.graph.node.add().CopyFrom(self.proto.graph.node[k])
-        for name in constants:
-            out.graph.initializer.add().CopyFrom(self.overrides.get(name) or self.initializers[name])
+        for name in sorted(constants):
+            if name in self.overrides:
+                weights.append(self.overrides[name])
+                placeholder(out.graph.initializer.add(), weights[-1], len(weights) - 1, name)
+            else:
+                out.graph.initializer.add().CopyFrom(self.initializers[name])
         if self.proto.ir_version < 4:  # then initializers had to be inputs
             out.ir_version = 4
         if not self._asked and not all(self.types.get(name) for name in needed):
@@ -127,16 +148,39 @@ class Segments:
             info.type.tensor_type.elem_type = self.types[name]
         for name in wanted:
             out.graph.output.add(name=name)
-        return out, list(needed)
+        return out, list(needed), weights
+
+    def _open(
+        self, wanted: Sequence[str], at_hand: Collection[str], provider: Provider, optimize: bool
+    ) -> tuple[Session, list[str]]:
+        """A session that computes `wanted`, and what it reads.
+
+        Weights of large models stay where they are: copies, and copies in float32 of those in float16, would fill the
+        memory.
+        """
+        proto, needed, weights = self._cut(wanted, at_hand)
+        lent = heavy(proto.graph, weights) if self.large and provider == "cpu" else {}
+        fill(proto.graph, weights, lent)
+        shelf = Shelf(LARGE // 4)  # for those that are not in a file, as those of a pruned model
+        for tensor in proto.graph.initializer:
+            if tensor.name in lent:
+                tensor.external_data[0].value = LENT
+        session = open_session(
+            proto.SerializeToString(),
+            provider=provider,
+            threads=self.threads,
+            optimize=optimize and not lent,
+            arena=False,
+            repack=not lent,
+            weights={name: shelf.keep(np.asarray(tensor.numpy(), order="C")) for name, tensor in lent.items()},
+        )
+        return session, needed
 
     def _learn_types(self) -> None:
         """Ask ONNX Runtime for the types of values behind operators that shape inference does not know."""
         names = [name for name in self.producer if not self.types.get(name)]
         at_hand = [name for name in self.inputs if self.types.get(name)]
-        proto, _ = self.extract(names, at_hand)
-        session = open_session(
-            proto.SerializeToString(), provider="cpu", threads=self.threads, optimize=False, arena=False
-        )
+        session, _ = self._open(names, at_hand, "cpu", optimize=False)
         for arg in session.get_outputs():
             self.types[arg.name] = _ELEMENTS.get(arg.type, 0)
 
@@ -147,10 +191,7 @@ class Segments:
         computed = [n for n in names if n not in set(passing)]
         session, reads_ = None, list[str]()
         if computed:
-            proto, reads_ = self.extract(computed, at_hand)
-            session = open_session(
-                proto.SerializeToString(), provider=self.provider, threads=self.threads, optimize=optimize, arena=False
-            )
+            session, reads_ = self._open(computed, at_hand, self.provider, optimize)
         return Runner(session, reads_, computed, [n for n in passing if n not in self.initializers])
 
 

@@ -93,7 +93,7 @@ def finish(
     after = analyze_model(model, job.dims)
     size = round(after.cost.totals(after.cost.full)["bytes"])
     if path is not None:
-        size = save(model, path, external=job.graph.external)
+        size = save(model, path, external=job.graph.external, shard=job.graph.shard)
     report = Report(
         Change(round(job.analysis.macs), round(after.macs)),
         Change(job.analysis.parameters, parameters_of(model)),

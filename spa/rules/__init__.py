@@ -19,8 +19,10 @@ from spa.rules.base import (
     register,
     table,
 )
+from spa.rules.without import REASONS
 
 __all__ = [
+    "REASONS",
     "Cost",
     "Edit",
     "Flow",

@@ -59,7 +59,7 @@ def written(
     try:
         folder = Path(tempfile.mkdtemp(prefix=".spa-", dir=None if path is None else path.parent))
         progress("save", 0, 1)
-        save(graph.model, folder / name, external=graph.external)
+        save(graph.model, folder / name, external=graph.external, shard=graph.shard)
         progress("verify", 0, 1)
         verification = _verified(graph.model, network, feeds, folder / name)
         require(verification, str(path or "the trained model"))
