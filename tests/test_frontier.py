@@ -137,7 +137,7 @@ def test_a_metric_target_is_met_on_the_samples_it_reports(compensate: Any, folde
     assert held is not None
     before, after = (top1(p, folder / "held.npz") for p in (folder / "cnn.onnx", tmp_path / "out.onnx"))
     assert (held.drop.before, held.drop.after) == (pytest.approx(before), pytest.approx(after))
-    assert before - after <= 0.05
+    assert before - after <= 0.05 + 1e-9  # six of 120 samples, as floats
     assert held.drop.samples == HELD
     assert result.report.macs.after < 0.9 * result.report.macs.before
     assert tuple(seen) == held.reached
