@@ -169,7 +169,7 @@ def _line(row: Row, title: str, exporter: str) -> str:
         return f"| {title} | {exporter} | - | - | - | {row['state']} | - | {row['note']} |"
     groups = ", ".join(f"{count} {kind}" for kind, count in row["groups"].items()) or "none"
     errors = [e for e in (*row["kinds"].values(), row.get("error")) if isinstance(e, float)]
-    verified = f"{max(errors):.0e}" if errors and row["state"] == "ok" else row["state"]
+    verified = _error(max(errors)) if errors and row["state"] == "ok" else row["state"]
     missing = [kind for kind, found in row["kinds"].items() if not isinstance(found, float)]
     if missing:
         verified += f" (not {', '.join(missing)} alone)"
@@ -178,12 +178,16 @@ def _line(row: Row, title: str, exporter: str) -> str:
     prunable = f"{row['prunable']:.1%}" if row["prunable"] >= GOAL else f"**{row['prunable']:.1%}**"
     return (
         f"| {title} | {exporter} | {groups} | {prunable} | {_number(row.get('reachable'), '.2f')} | {verified} | "
-        f"{_number(row.get('outside'), '.0e')} | {_frozen(row['frozen'][0]) if row['frozen'] else 'nothing'} |"
+        f"{_error(row.get('outside'))} | {_frozen(row['frozen'][0]) if row['frozen'] else 'nothing'} |"
     )
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}" if value else "0"
 
 
 def _frozen(entry: Sequence[Any]) -> str:
@@ -212,6 +216,14 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="exports what is missing; 'none' exports nothing")
     parser.add_argument("--zoo", type=Path, help="a folder with manifest.json")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN")
+    parser.add_argument(
+        "--known",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="rows of --json that are not measured again",
+    )
     parser.add_argument("--write", type=Path, metavar="coverage.md")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds per model")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
@@ -227,7 +239,10 @@ def main() -> int:
     own = [p for p in sorted(options.folder.glob("*.onnx")) if p.stem.rpartition("_")[0] in FAMILIES]
     others = [options.zoo / entry["file"] for entry in listed]
     paths = [p for p in (*own, *others) if not options.only or any(fnmatch.fnmatch(p.stem, o) for o in options.only)]
-    rows = zoo.run_all(paths, options, lambda row: print(_line(row, row["name"], ""), flush=True), check)
+    known = {row["name"]: row for file in options.known for row in json.loads(file.read_text())["rows"]}
+    paths = [path for path in paths if path.stem not in known]
+    rows = [*known.values()]
+    rows += zoo.run_all(paths, options, lambda row: print(_line(row, row["name"], ""), flush=True), check)
     exporters = {Path(entry["file"]).stem: entry["exporter"] for entry in listed}
     recorded = [{**row, "exporter": exporters[row["name"]]} for row in rows if row["name"] in exporters]
     text = page([row for row in rows if row["name"] not in exporters], failures, recorded, operators())

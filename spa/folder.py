@@ -47,6 +47,8 @@ _SIZES: Mapping[str, str] = {
 """Entry of a config -> kind of the units that it counts, in every layer alike."""
 _ONCE = ("hidden_size",)
 """Entries that count one group for all layers."""
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*", "*.ort")
+"""Other files with the weights before pruning."""
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _BESIDE_HEADS = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 """Entries that configs without `head_dim` compute a head's size from."""
@@ -106,7 +108,12 @@ def changed_config(config: Mapping[str, Any], groups: Iterable[GroupRecord]) -> 
 def is_folder(place: str | os.PathLike[str]) -> bool:
     """Whether this is a folder with a config and an ONNX model."""
     folder = Path(place)
-    return (folder / CONFIG).is_file() and any(folder.glob("*.onnx"))
+    return (folder / CONFIG).is_file() and bool(_models(folder))
+
+
+def _models(folder: Path) -> list[Path]:
+    """Beside the config, or in a folder called onnx, as on model hubs."""
+    return sorted(folder.glob("*.onnx")) or sorted(folder.glob("onnx/*.onnx"))
 
 
 class Folder:
@@ -123,13 +130,16 @@ class Folder:
         self.source, self.output = source, output
         if not is_folder(source):
             raise UsageError(f"{source}: is a folder without {CONFIG} and an .onnx file; name a model")
-        models = sorted(source.glob("*.onnx"))
+        models = _models(source)
         named = [path for path in models if path.name == MODEL]
         if not named and len(models) > 1:
             names = ", ".join(path.name for path in models)
             raise UsageError(f"{source}: has several models ({names}); prune them one by one, by their files")
         self.model = named[0] if named else models[0]
-        self._others = [path for path in models if path != self.model]
+        others = [path for path in models if path != self.model]
+        weights = [path for pattern in _WEIGHTS for path in sorted(source.glob(pattern))]
+        self._left_out = [path.relative_to(source).as_posix() for path in (*others, *weights)]
+        self._data = {file for path in models for file in external_files(path)}
         try:
             self._config = json.loads((source / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -150,8 +160,9 @@ class Folder:
         def whole(source: object, *, output: object = None, **options: Any) -> Result:
             staging = self.output.with_name(f".{self.output.name}.{secrets.token_hex(8)}.tmp")
             try:
-                staging.mkdir()
-                result = run(self.model, output=staging / self.model.name, **options)
+                pruned = staging / self.model.relative_to(self.source)
+                pruned.parent.mkdir(parents=True)
+                result = run(self.model, output=pruned, **options)
                 self.change = changed_config(self._config, _all_groups(result, self.model, options.get("dims")))
                 text = json.dumps(self.change.config, indent=2, ensure_ascii=False) + "\n"
                 (staging / CONFIG).write_text(text, encoding="utf-8")
@@ -165,22 +176,18 @@ class Folder:
                 ) from error
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-            return replace(result, output=self.output / self.model.name)
+            return replace(result, output=self.output / self.model.relative_to(self.source))
 
         return whole
 
     def _copy(self, staging: Path) -> None:
-        """All but the models, their external data, and what was written already."""
-        left = {CONFIG, *(path.name for path in (self.model, *self._others))}
-        for model in (self.model, *self._others):
-            left |= external_files(model)
-        for path in sorted(self.source.iterdir()):
-            if path.name in left:
-                continue
-            if path.is_dir():
-                shutil.copytree(path, staging / path.name)
-            else:
-                shutil.copy2(path, staging / path.name)
+        """All but weights before pruning, and what was written already."""
+        left = {self.source / name for name in (CONFIG, *self._left_out)} | {self.model} | self._data
+        for path in sorted(self.source.rglob("*")):
+            place = path.relative_to(self.source)
+            if path.is_file() and path not in left and place.parts[0] != ".git":
+                (staging / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, staging / place)
 
     def to_json(self) -> dict[str, Any]:
         """What `--json` adds."""
@@ -189,7 +196,7 @@ class Folder:
         return {
             "folder": str(self.output),
             "config": {"changed": changed, "unsaid": list(self.change.unsaid)},
-            "left_out": [path.name for path in self._others],
+            "left_out": self._left_out,
         }
 
     def lines(self) -> list[str]:
@@ -199,7 +206,7 @@ class Folder:
         if self.change.unsaid:
             out.append(f"{CONFIG} cannot say all of it, so that code cannot build this model from it:")
             out += [f"  {text}" for text in self.change.unsaid]
-        out += [f"{path.name} was left out: it is not pruned" for path in self._others]
+        out += [f"{name} was left out: it is not pruned" for name in self._left_out]
         return out
 
 
@@ -210,9 +217,9 @@ def _all_groups(result: Result, model: Path, dims: Mapping[str, int] | None) -> 
     return [pruned.get(g.name) or GroupRecord(g.name, g.kind, g.units, (), g.exact) for g in analysis.groups]
 
 
-def external_files(model: Path) -> set[str]:
-    """Names of files beside a model that hold its weights."""
+def external_files(model: Path) -> set[Path]:
+    """Files beside a model that hold its weights."""
     with contextlib.suppress(ModelError):  # one beside the model that is pruned, and is not read otherwise
         tensors = (v.const_value for graph in as_ir(model).graphs() for v in graph.initializers.values())
-        return {Path(t.location).parts[0] for t in tensors if isinstance(t, ir.ExternalTensor)}
+        return {model.parent / t.location for t in tensors if isinstance(t, ir.ExternalTensor)}
     return set()

@@ -336,8 +336,8 @@ def test_the_fixed_names() -> None:
 
     commands = get_command(app).commands  # type: ignore[attr-defined]  # it is a group
     assert list(commands) == [
-        "export", "inspect", "explain", "prune", "convert", "apply", "verify", "frontier", "pick", "implant", "finetune",
-        "export-torch", "import-weights", "quantize", "float16", "opset", "ort", "run",
+        "export", "inspect", "explain", "prune", "convert", "apply", "verify", "frontier", "pick", "implant",
+        "finetune", "export-torch", "import-weights", "quantize", "float16", "opset", "ort", "run",
         "profile", "bench", "rules", "methods", "serve", "remote", "token",
     ]  # fmt: skip
     groups = {name: commands.pop(name).commands for name in ("remote", "token")}  # type: ignore[attr-defined]

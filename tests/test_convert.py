@@ -108,6 +108,13 @@ def test_the_dense_model_is_kept_where_it_is_needed(framework: Path, capsys: pyt
     assert Ran(capsys, *start, "--dense", "out.onnx").status == 2
 
 
+def test_what_is_wrong_is_said_before_the_export(framework: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Framework.seen.clear()
+    assert Ran(capsys, "convert", "torch:a:b", "-o", "out.onnx", "--target", "speed=2").status == 2
+    assert Ran(capsys, "convert", "torch:a:b", "-o", "nowhere/out.onnx", "--target", "macs=0.6").status == 10
+    assert not Framework.seen
+
+
 def test_a_failing_export_prunes_nothing(framework: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Framework.run, run = (lambda self, feeds: [np.zeros((1, 10), np.float32)]), Framework.run  # type: ignore[method-assign]
     try:

@@ -191,6 +191,18 @@ def test_names_of_outputs_and_of_open_axes(tmp_path: Path) -> None:
     assert len(source.run(source.examples)) == 2
 
 
+def test_outputs_are_named_by_where_they_are() -> None:
+    from spa.export.drivers.base import output_names
+
+    def names(outputs: Any) -> list[str]:
+        return output_names([path for path, _ in torch.utils._pytree.tree_flatten_with_path(outputs)[0]])
+
+    assert names(1) == names((1,)) == ["output"]
+    assert names((1, 2)) == ["output_0", "output_1"]
+    assert names({"logits": 1}) == ["logits"]
+    assert names({"b": 1, "a": {"c": (2, 3)}}) == ["b", "a.c.0", "a.c.1"]
+
+
 def test_the_outermost_module_is_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's older exporter puts the mode of the module it is given back into all modules inside."""
     from spa.export.drivers.from_torch import open_source
@@ -386,6 +398,22 @@ def test_what_is_no_source_says_what_to_do(tmp_path: Path, name: str, text: str)
         (tmp_path / name).touch()
     with pytest.raises(UsageError, match=text):
         find(tmp_path / name)
+
+
+def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
+    for name in ("m.keras", "hf/config.json", "hf/model.safetensors", "m.pdmodel", "m.pdiparams"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    (tmp_path / "link.keras").symlink_to(tmp_path / "m.keras")
+    for source, out in (
+        ("m.keras", "m.keras"),
+        ("m.keras", "link.keras"),
+        ("hf", "hf/model.safetensors"),
+        ("m.pdmodel", "m.pdiparams"),
+    ):
+        with pytest.raises(UsageError, match="never overwritten"):
+            export(tmp_path / source, tmp_path / out)
+    assert (tmp_path / "m.keras").read_text(encoding="utf-8") == "m.keras"
 
 
 def test_an_input_is_named_once(tmp_path: Path) -> None:

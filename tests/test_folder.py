@@ -133,6 +133,22 @@ def test_models_that_were_not_pruned_are_left_out(
     assert not (tmp_path / "pruned/model_quantized.onnx").exists()
 
 
+def test_the_layout_of_model_hubs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "model_quantized.onnx").unlink()
+    (folder / "onnx").mkdir()
+    for name in ("model.onnx", "weights.bin"):
+        (folder / name).rename(folder / "onnx" / name)
+    (folder / "model.safetensors").write_bytes(b"before pruning")
+    (folder / ".git").mkdir()
+    (folder / ".git/HEAD").touch()
+    body = Ran(capsys, "prune", folder, "-o", tmp_path / "pruned", "--target", "params=0.9", "--json").json()
+    assert body["output"] == str(tmp_path / "pruned/onnx/model.onnx")
+    assert body["left_out"] == ["model.safetensors"]
+    found = {p.relative_to(tmp_path / "pruned").as_posix() for p in (tmp_path / "pruned").rglob("*") if p.is_file()}
+    kept = {"config.json", "tokenizer.json", "extra/notes.txt"}
+    assert found == kept | {"onnx/model.onnx", "onnx/model.onnx.data"}
+
+
 def test_a_failing_run_leaves_no_folder(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p.name for p in tmp_path.iterdir()}
     assert Ran(capsys, "prune", folder, "-o", tmp_path / "pruned", "--target", "params=1e-6").status == 7

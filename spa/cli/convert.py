@@ -63,10 +63,12 @@ def is_exported(place: Path) -> bool:
 def _exported(
     source: str, dense: Path | None, exporting: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Iterator[tuple[Path, Exported]]:
+    from spa.budget.targets import parse_request
     from spa.export.run import export as run
     from spa.options import check_output as check_place
 
-    check_place(options["out"])
+    check_place(options["out"])  # before the export, which takes longest
+    parse_request(options["target"])
     with tempfile.TemporaryDirectory(prefix="spa-convert-") as folder:
         with output.stages(quiet=options["json"]) as progress:
             made = run(

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from spa.errors import ModelError, OutputError, RuntimeFailure, SpaError, UnsupportedModelError
+from spa.errors import ModelError, OutputError, RuntimeFailure, SpaError, UnsupportedModelError, UsageError
 from spa.export.check import Checked, compare
 from spa.export.process import Worker, Written
 from spa.export.request import BATCH, Exporter, Input, Request, check_names, parse_input
@@ -110,6 +110,7 @@ def export(
     check_names(given)
     check_output(output)
     path = Path(output)
+    _check_source(Path(where), path)
     request = Request(driver, where, given, exporter, opset, static_batch, seed)
     with _folder(path) as name, Worker(request, label, python) as worker, _told(worker, printed):
         folder = Path(name)
@@ -140,6 +141,15 @@ def export(
         size,
         verify,
     )
+
+
+def _check_source(source: Path, output: Path) -> None:
+    """Raise UsageError if the output is a part of the source: it may be the only copy."""
+    there = output.resolve()
+    inside = source.is_dir() and there.is_file() and there.suffix != ".onnx" and source.resolve() in there.parents
+    beside = source.is_file() and there.is_file() and there.with_suffix("") == source.resolve().with_suffix("")
+    if inside or (beside and there.suffix != ".onnx") or there == source.resolve():
+        raise UsageError(f"{output}: is a part of the source; write to another file, the input is never overwritten")
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.server.running import free_port
 
 
 def binaries() -> Path | None:
@@ -40,9 +41,7 @@ class Postgres:
         if self._user is not None:
             os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
         self._run("initdb", "-D", str(self.folder / "data"), "-A", "trust", "-U", "spa")
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = int(found.getsockname()[1])
+        self.port = free_port()
         self.url = f"postgresql+psycopg://spa@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> Postgres:

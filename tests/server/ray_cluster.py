@@ -58,11 +58,8 @@ class RayCluster:
         self._head.stdout.close()
 
     @contextmanager
-    def client_server(self) -> Iterator[str]:
+    def client_server(self, port: int) -> Iterator[str]:
         """Ray's server for clients that are not in the cluster; its address, as `ray://HOST:PORT`."""
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = int(found.getsockname()[1])
         address = ["--address", self.environment["RAY_ADDRESS"], "--host", "127.0.0.1", "--port", str(port)]
         command = [sys.executable, "-m", "ray.util.client.server", *address, "--mode", "legacy"]
         with subprocess.Popen(command, env={**os.environ, **self.environment}) as process:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -88,6 +89,13 @@ class Running:
             return tokens.create(database, owner, scopes or tokens.SCOPES, lifetime=lifetime)[1]
         finally:
             database.close()
+
+
+def free_port() -> int:
+    """One of the loopback interface that nobody has now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def until(true: Callable[[], object], seconds: float = 30.0) -> None:

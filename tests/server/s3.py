@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.running import ROOT
+from tests.server.running import ROOT, free_port
 
 FOLDER = ROOT / ".venv" / "s3"
 """Where `make test-s3` puts moto and s3fs."""
@@ -29,9 +29,7 @@ class ObjectStore:
                 pytest.skip("no s3fs and moto: `make test-s3` puts them into .venv/s3, and runs these tests")
             sys.path.append(str(FOLDER))
             paths.append(str(FOLDER))
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = int(found.getsockname()[1])
+        port = free_port()
         self.endpoint = f"http://127.0.0.1:{port}"
         self.environment = {
             "PYTHONPATH": os.pathsep.join(paths),

@@ -20,7 +20,7 @@ from spa_server.blobs import digest_of
 from spa_server.client import Client
 from tests.server.postgres import Postgres
 from tests.server.ray_cluster import RayCluster, supervisors
-from tests.server.running import Running, until
+from tests.server.running import Running, free_port, until
 from tests.small_models import build
 
 LONG = {"repeats": 100_000, "memory": False, "provider": "cpu"}
@@ -108,6 +108,31 @@ def test_cancelling_takes_less_than_two_seconds(there: Running, model: Path) -> 
 
 
 @pytest.mark.slow
+def test_jobs_wait_for_room(cluster: RayCluster, model: Path, tmp_path: Path) -> None:
+    """A job that takes all processors keeps others waiting, which can be cancelled as quickly; nodes are left clean."""
+    workers = {"count": 2, "cpus": 2, "memory": "1GB", "folder": str(tmp_path / "nodes")}
+    server = Running(tmp_path / "s", executor="ray", workers=workers).start(environment=cluster.environment)
+    with server.client() as client:
+        name = client.push_model(model).name
+        first = at_work(client, BenchmarkSpec((name,), seconds=60.0, **LONG))
+        second = client.submit(InspectSpec(name)).name
+        for event in client.watch(second):
+            if event.WhichOneof("event") == "stage":
+                assert event.stage.stage == "cluster"
+                break
+        time.sleep(2)
+        assert len(supervisors()) == 1
+        for job in (second, first):
+            start = time.monotonic()
+            client.cancel(job)
+            assert list(client.watch(job))[-1].state.state == jobs_pb2.JOB_STATE_CANCELLED
+            assert time.monotonic() - start < 2
+        client.wait(client.submit(InspectSpec(name)).name)
+    assert server.stop() == 0
+    assert not list((tmp_path / "nodes" / "jobs").iterdir())
+
+
+@pytest.mark.slow
 def test_a_killed_process_of_ray_is_as_a_killed_worker(there: Running, model: Path) -> None:
     """The job is begun again; the worker inside went with it."""
     with there.client() as client:
@@ -178,21 +203,28 @@ def test_two_servers_one_is_killed(cluster: RayCluster, model: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_through_rays_client_server(cluster: RayCluster, model: Path, tmp_path: Path) -> None:
-    with cluster.client_server() as address:
-        server = Running(tmp_path / "s", executor=address, workers={"memory": "1GB"})
+    """Ray does not end this client when the way there is lost; jobs are begun again all the same, once it is back."""
+    port = free_port()
+    server = Running(tmp_path / "s", executor=f"ray://127.0.0.1:{port}", workers={"memory": "1GB"})
+    with cluster.client_server(port):
         server.start(environment=cluster.environment)
-        with server.client() as client:
-            name = client.push_model(model).name
-            job = client.submit(PruneSpec(name, ("macs=0.6",), output_name="small.onnx"))
-            client.wait(job.name)
-            client.pull(job.name, tmp_path / "far")
-            spa.prune(model, target="macs=0.6", output=tmp_path / "small.onnx")
-            assert digest_of(tmp_path / "far" / "small.onnx") == digest_of(tmp_path / "small.onnx")
-            long = at_work(client, BenchmarkSpec((name,), seconds=60.0, **LONG))
-            start = time.monotonic()
-            client.cancel(long)
-            assert list(client.watch(long))[-1].state.state == jobs_pb2.JOB_STATE_CANCELLED
-            assert time.monotonic() - start < 2
+        client = server.client()
+        name = client.push_model(model).name
+        job = client.submit(PruneSpec(name, ("macs=0.6",), output_name="small.onnx"))
+        client.wait(job.name)
+        client.pull(job.name, tmp_path / "far")
+        spa.prune(model, target="macs=0.6", output=tmp_path / "small.onnx")
+        assert digest_of(tmp_path / "far" / "small.onnx") == digest_of(tmp_path / "small.onnx")
+        long = at_work(client, BenchmarkSpec((name,), seconds=60.0, **LONG))
+        start = time.monotonic()
+        client.cancel(long)
+        assert list(client.watch(long))[-1].state.state == jobs_pb2.JOB_STATE_CANCELLED
+        assert time.monotonic() - start < 2
+        cut = at_work(client, BenchmarkSpec((name,), seconds=4.0, **LONG))
+    until(lambda: "the connection to the cluster is lost" in server.text(), 90)
+    with cluster.client_server(port):
+        assert client.wait(cut).attempt == 2
+        client.close()
         assert server.stop() == 0
 
 

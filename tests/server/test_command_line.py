@@ -166,6 +166,7 @@ def test_serve_checks_its_configuration(tmp_path: Path, capsys: pytest.CaptureFi
     config.write_text("workers: {count: 3}", encoding="utf-8")
     ran = Ran(capsys, "serve", "--config", config, "--check", "--json")
     assert ran.json()["listen"] == "127.0.0.1:50051"
+    assert Ran(capsys, "serve", "--config", config, "--executor", "slurm", "--check").status == 2
     config.write_text("listen: 0.0.0.0:50051", encoding="utf-8")
     assert Ran(capsys, "serve", "--config", config, "--check").status == 2
     config.write_text("database: mysql://x", encoding="utf-8")

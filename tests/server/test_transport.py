@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
-import socket
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import spa
 from spa.jobs import InspectSpec
 from spa_server.client import Client
 from spa_server.watching import Watcher
-from tests.server.running import Running
+from tests.server.running import Running, free_port
 
 x509 = pytest.importorskip("cryptography.x509", reason="certificates are made with cryptography")
 from cryptography.hazmat.primitives import hashes, serialization  # noqa: E402
@@ -93,12 +92,6 @@ def test_certificates_of_clients(tmp_path: Path) -> None:
         with server.client(ca=authority.ca, certificate=pair[0], key=pair[1]) as client, pytest.raises(spa.SpaError):
             client.account()
     server.stop()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_figures_for_prometheus(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ The end of the input says that the server has died or is done: Ray then ends eve
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -65,10 +66,16 @@ class _Job:
         except ray.exceptions.RayTaskError as error:
             kind = ("died", "storage") if isinstance(error.cause, OSError) else ("failed", "internal")
             ended = _ended(*kind, f"a node of the cluster could not do it ({_first(error.cause)})")
-        except (ray.exceptions.RayError, OSError, ConnectionError) as error:
+        except (
+            ConnectionError
+        ) as error:  # Ray's own client would end this process, the one of its client server does not
+            print(_first(error), file=sys.stderr, flush=True)
+            os._exit(1)
+        except (ray.exceptions.RayError, OSError) as error:
             ended = _ended("died", "cluster", f"the cluster could not do it ({_first(error)})")
         finally:
-            self.kill()
+            with contextlib.suppress(Exception):  # there may be nobody who could be told
+                self.kill()
         self._say({"job": self._key, "ended": ended})
 
     async def stop(self) -> None:

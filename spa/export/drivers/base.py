@@ -175,12 +175,21 @@ def widened(array: Array, request: Request) -> Array:
     return np.concatenate([array] * _OPEN) if alone else array
 
 
-def output_names(outputs: Any, count: int) -> list[str]:
-    """Names for `count` tensors: keys of a mapping, else `output`, `output_0` ..."""
-    keys = [str(key) for key in outputs] if isinstance(outputs, Mapping) else []
-    if len(keys) == count:
-        return keys
-    return ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
+def output_names(paths: Sequence[Sequence[Any]]) -> list[str]:
+    """Names of outputs by where they are in what a model returns: `logits`, `text.pooled`, `output_0`; one is `output`.
+
+    Args:
+        paths: keys and indices on the way to each, as the framework's tree functions give them.
+    """
+    names = [".".join(_entry(entry) for entry in path) for path in paths]
+    if len(names) == 1 and (not names[0] or names[0].isdecimal()):
+        return ["output"]
+    return [f"output_{name}" if not name or name[0].isdecimal() else name for name in names]
+
+
+def _entry(entry: Any) -> str:
+    found = (getattr(entry, kind, None) for kind in ("key", "name", "idx"))
+    return str(next((value for value in found if value is not None), entry))
 
 
 def refused(what: str, error: BaseException, advice: str) -> RuntimeFailure:

@@ -67,9 +67,9 @@ class Jax:
         """All arrays among the outputs, in JAX's order."""
         jax = need("jax")
         outputs = self.function(*(jax.numpy.asarray(feeds[name]) for name in self.examples))
-        leaves = [np.asarray(y) for y in jax.tree_util.tree_leaves(outputs)]
-        self.outputs = output_names(outputs, len(leaves))
-        return leaves
+        leaves = jax.tree_util.tree_flatten_with_path(outputs)[0]
+        self.outputs = output_names([path for path, _ in leaves])
+        return [np.asarray(y) for _, y in leaves]
 
     def export(self, path: Path) -> None:
         """By jax2onnx.

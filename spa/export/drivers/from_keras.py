@@ -112,9 +112,9 @@ class Keras:
         """Outputs in evaluation mode."""
         given = [self.keras.ops.convert_to_tensor(feeds[i.name]) for i in self.inputs]
         outputs = self.model(given if len(given) > 1 else given[0], training=False)
-        leaves = [np.asarray(self.keras.ops.convert_to_numpy(y)) for y in self.keras.tree.flatten(outputs)]
-        self.outputs = output_names(outputs, len(leaves))
-        return leaves
+        leaves = self.keras.tree.flatten_with_path(outputs)
+        self.outputs = output_names([path for path, _ in leaves])
+        return [np.asarray(self.keras.ops.convert_to_numpy(y)) for _, y in leaves]
 
     def export(self, path: Path) -> None:
         """By `keras.Model.export`, which uses tf2onnx or torch.

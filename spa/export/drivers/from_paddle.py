@@ -86,7 +86,7 @@ class Paddle:
         with self.paddle.no_grad():
             outputs = self.layer(*(self.paddle.to_tensor(feeds[i.name]) for i in self.inputs))
         leaves = [np.asarray(y.numpy()) for y in (outputs if isinstance(outputs, (list, tuple)) else [outputs])]
-        self.outputs = output_names(outputs, len(leaves))
+        self.outputs = output_names([(k,) for k in range(len(leaves))])
         return leaves
 
     def export(self, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,10 +57,10 @@ class TorchSource:
         arguments, keywords = self._arguments({name: feeds[name] for name in self.examples})
         with self.torch.no_grad():
             outputs = self.module(*arguments, **keywords)
-        leaves = self.torch.utils._pytree.tree_leaves(outputs)
-        found = [self._array(y) for y in leaves if isinstance(y, self.torch.Tensor)]
-        self.outputs = output_names(outputs, len(found))
-        return found
+        leaves = self.torch.utils._pytree.tree_flatten_with_path(outputs)[0]
+        tensors = [(path, y) for path, y in leaves if isinstance(y, self.torch.Tensor)]
+        self.outputs = output_names([path for path, _ in tensors])
+        return [self._array(y) for _, y in tensors]
 
     def _array(self, y: Any) -> Array:
         y = y.detach().cpu()
@@ -93,6 +94,7 @@ class TorchSource:
                 failure = refused(f"torch's {name} exporter", error, self._advice(name))
                 failure.__cause__ = error
                 failures.append(failure)
+                print(failure, file=sys.stderr)
                 continue
             self.exporter = f"torch.onnx {name}, {versions('torch', *(['onnxscript'] if name == 'dynamo' else []))}"
             return
