@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from spa.axes import LEAF, PROD, Axis, Solution
 from spa.coupling import Coupling, weights_of
-from spa.symbols import Size, bind, is_static
+from spa.symbols import Size, Sym, bind, is_static
 
 Metric = Literal["macs", "parameters", "bytes", "latency", "units"]
 """`latency` is milliseconds of one run; `units` is what selection counts, a cost model knows the others."""
@@ -83,7 +83,7 @@ class CostModel:
     def __init__(self, coupling: Coupling, dims: Mapping[str, int] | None = None, overhead: int = 0) -> None:
         self.solution = coupling.solution
         self.overhead = overhead
-        sizes = default_dims(coupling.model, dims)
+        sizes = {**_unnamed_dims(coupling), **default_dims(coupling.model, dims)}
         self.full = [_number(s, sizes) for s in self.solution.leaf_size]
         self.metrics = METRICS
         """What is known, in this order."""
@@ -189,14 +189,28 @@ def default_dims(model: ir.Model, given: Mapping[str, int] | None = None) -> dic
     """Sizes assumed for the symbolic axes of the graph inputs; `given` wins."""
     out: dict[str, int] = {}
     for value in model.graph.inputs:
-        shape = list(value.shape) if value.shape is not None else []
-        image = len(shape) >= 4 and value.dtype is not None and value.dtype.is_floating_point()
-        for k, dim in enumerate(shape):
+        for k, dim in enumerate(value.shape or ()):
             name = None if isinstance(dim, int) else dim.value
             if name is not None:
-                out.setdefault(name, 1 if k == 0 else 224 if image and k >= 2 else 128)
+                out.setdefault(name, _assumed(value, k))
     out.update(given or {})
     return out
+
+
+def _unnamed_dims(coupling: Coupling) -> dict[str, int]:
+    """The same for axes without a name, by the symbols that shape inference made up for them."""
+    out: dict[str, int] = {}
+    for value in coupling.model.graph.inputs:
+        for k, axis in enumerate(coupling.dims(value) or ()):
+            size = coupling.axes.size(axis)
+            if isinstance(size, Sym) and len(size.names) == 1:
+                out.setdefault(size.names[0], _assumed(value, k))
+    return out
+
+
+def _assumed(value: ir.Value, axis: int) -> int:
+    image = len(value.shape or ()) >= 4 and value.dtype is not None and value.dtype.is_floating_point()
+    return 1 if axis == 0 else 224 if image and axis >= 2 else 128
 
 
 def _number(size: Size, dims: Mapping[str, int]) -> int:

@@ -107,6 +107,15 @@ def test_assumed_sizes() -> None:
     assert default_dims(ir.from_proto(model), {"t": 7, "n": 2}) == {"n": 2, "h": 224, "w": 224, "t": 7}
 
 
+def test_axes_without_a_name_count_like_those_with_one() -> None:
+    model = BUILT["lstm_tagger"].build()
+    named = spa.analyze(model).macs
+    for value in model.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            dim.ClearField("dim_param")
+    assert spa.analyze(model).macs == named
+
+
 def test_dims_scale_the_cost() -> None:
     model = BUILT["lstm_tagger"].build()
     one, many = spa.analyze(model, dims={"n": 1, "t": 1}), spa.analyze(model, dims={"n": 5, "t": 7})
