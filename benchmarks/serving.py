@@ -40,6 +40,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spa import runtime
 from spa_server._generated_inference import service_pb2
+from spa_server.memory import keep_freed
 from spa_server.serving import Engine, FolderSource
 from spa_server.serving.messages import decode, encode
 from spa_server.serving.service import SERVICE
@@ -113,7 +114,8 @@ def process(*arguments: str) -> Iterator[tuple[str, int]]:
 
 
 async def echo() -> None:
-    """A server that sends back what it gets."""
+    """A server that sends back what it gets; it keeps memory as ours does."""
+    keep_freed()
     server = grpc.aio.server(options=UNLIMITED)
 
     async def same(data: bytes, context: Any) -> bytes:

@@ -41,6 +41,7 @@ from spa_server.execution.dispatcher import Dispatcher
 from spa_server.execution.executor import executor_of
 from spa_server.guard import OPEN, Guard
 from spa_server.logs import Audit
+from spa_server.memory import keep_freed
 from spa_server.names import owner_folder
 from spa_server.owned import OwnedModels
 from spa_server.services.account import Account
@@ -208,6 +209,7 @@ def run(config: Config, told: Callable[[str], None]) -> None:
     Raises:
         SpaError: something that is needed is not there.
     """
+    keep_freed()
     with _folder(config.data) as name:
         database = connect(config.database_url)
         try:

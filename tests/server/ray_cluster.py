@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +40,9 @@ class RayCluster:
                 pytest.skip("no Ray: `make test-ray` puts it into .venv/ray, and runs these tests")
             paths.append(str(FOLDER))
         auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.environment = {"PYTHONPATH": os.pathsep.join(paths), "RAY_USAGE_STATS_ENABLED": "0", **auth}
+        self._folder = tempfile.mkdtemp(prefix="spa-ray-")  # short: Ray's sockets are in it
+        here = {"PYTHONPATH": os.pathsep.join(paths), "TMPDIR": self._folder}
+        self.environment = {**here, "RAY_USAGE_STATS_ENABLED": "0", **auth}
         """Of servers that use it; with `executor: ray`."""
         self._head = subprocess.Popen(
             [sys.executable, "-c", _HEAD, str(cpus)],
@@ -56,6 +60,21 @@ class RayCluster:
         self._head.stdin.close()
         self._head.wait(60)
         self._head.stdout.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def supervisors(self) -> list[int]:
+        """Process ids of the processes of Ray around workers."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                if path.read_bytes().startswith(b"ray::Node"):
+                    fields = (path.parent / "stat").read_text(encoding="ascii").rpartition(")")[2].split()
+                    above = Path("/proc", fields[1], "cmdline").read_bytes()
+                    if self._folder.encode() in above:  # the raylet, whose sockets are in there
+                        found.append(int(path.parent.name))
+            except OSError:  # gone meanwhile
+                continue
+        return found
 
     @contextmanager
     def client_server(self, port: int) -> Iterator[str]:
@@ -73,15 +92,3 @@ class RayCluster:
                 yield f"ray://127.0.0.1:{port}"
             finally:
                 process.kill()
-
-
-def supervisors() -> list[int]:
-    """Process ids of the processes of Ray around workers."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_bytes().startswith(b"ray::Node"):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found

@@ -19,7 +19,7 @@ from spa_server._generated import jobs_pb2
 from spa_server.blobs import digest_of
 from spa_server.client import Client
 from tests.server.postgres import Postgres
-from tests.server.ray_cluster import RayCluster, supervisors
+from tests.server.ray_cluster import RayCluster
 from tests.server.running import Running, free_port, until
 from tests.small_models import build
 
@@ -97,14 +97,14 @@ def test_large_files_travel_in_pieces(there: Running, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_cancelling_takes_less_than_two_seconds(there: Running, model: Path) -> None:
+def test_cancelling_takes_less_than_two_seconds(cluster: RayCluster, there: Running, model: Path) -> None:
     with there.client() as client:
         name = at_work(client, BenchmarkSpec((client.push_model(model).name,), seconds=60.0, **LONG))
         start = time.monotonic()
         client.cancel(name)
         assert list(client.watch(name))[-1].state.state == jobs_pb2.JOB_STATE_CANCELLED
         assert time.monotonic() - start < 2
-    until(lambda: not supervisors())
+    until(lambda: not cluster.supervisors())
 
 
 @pytest.mark.slow
@@ -121,7 +121,7 @@ def test_jobs_wait_for_room(cluster: RayCluster, model: Path, tmp_path: Path) ->
                 assert event.stage.stage == "cluster"
                 break
         time.sleep(2)
-        assert len(supervisors()) == 1
+        assert len(cluster.supervisors()) == 1
         for job in (second, first):
             start = time.monotonic()
             client.cancel(job)
@@ -133,11 +133,11 @@ def test_jobs_wait_for_room(cluster: RayCluster, model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_killed_process_of_ray_is_as_a_killed_worker(there: Running, model: Path) -> None:
+def test_a_killed_process_of_ray_is_as_a_killed_worker(cluster: RayCluster, there: Running, model: Path) -> None:
     """The job is begun again; the worker inside went with it."""
     with there.client() as client:
         name = at_work(client, BenchmarkSpec((client.push_model(model).name,), seconds=2.0, **LONG))
-        (pid,) = supervisors()
+        (pid,) = cluster.supervisors()
         os.kill(pid, signal.SIGKILL)
         done = client.wait(name)
         assert done.attempt == 2

@@ -66,9 +66,7 @@ class _Job:
         except ray.exceptions.RayTaskError as error:
             kind = ("died", "storage") if isinstance(error.cause, OSError) else ("failed", "internal")
             ended = _ended(*kind, f"a node of the cluster could not do it ({_first(error.cause)})")
-        except (
-            ConnectionError
-        ) as error:  # Ray's own client would end this process, the one of its client server does not
+        except ConnectionError as error:  # a client of Ray's client server is not ended by Ray
             print(_first(error), file=sys.stderr, flush=True)
             os._exit(1)
         except (ray.exceptions.RayError, OSError) as error:

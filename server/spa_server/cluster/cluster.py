@@ -101,7 +101,7 @@ class Cluster:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _CLOSE)
+                await asyncio.wait_for(self._process.wait(), _CLOSE if self._ready else 0)
             _end(self._process)
         if self._keeper is not None:
             await self._keeper

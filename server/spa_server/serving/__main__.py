@@ -14,6 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from spa.errors import SpaError
+from spa_server.memory import keep_freed
 from spa_server.serving.engine import Engine, Limits
 from spa_server.serving.reflection import Descriptors
 from spa_server.serving.service import SERVICE, add_to_server
@@ -37,6 +38,7 @@ def main(
     except SpaError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_status) from error
+    keep_freed()
     limits = Limits(max_bytes=max_pending_mb << 20, trial=Trial() if trial else None)
     asyncio.run(_serve(source, port, max_message_mb << 20, limits))
 
