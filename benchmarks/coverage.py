@@ -51,8 +51,10 @@ def check(path: Path, options: argparse.Namespace) -> Row:
     except BaseException as error:  # the row says so, the others go on
         row["state"] = "error" if isinstance(error, SpaError) else "crash"
         row["note"] = measure.brief(error)
+        if isinstance(error, TargetError) and str(error).startswith("nothing in this model"):
+            row["state"] = "nothing"
         if (reason := zoo.unloadable(path)) is not None:
-            row["state"], row["note"] = "no-ort", reason
+            row["state"], row["note"] = "no-ort", reason.replace(str(path), path.name)
     row["seconds"], row["cpu"] = time.perf_counter() - start, time.process_time() - cpu
     return row
 
@@ -60,7 +62,7 @@ def check(path: Path, options: argparse.Namespace) -> Row:
 def _check(path: Path, output: Path, options: argparse.Namespace, row: Row) -> None:
     analysis = spa.analyze(path)
     row["parameters"] = analysis.parameters
-    row["prunable"] = analysis.prunable_parameters / max(analysis.parameters, 1)
+    row["prunable"] = analysis.prunable_parameters / analysis.parameters if analysis.parameters else 1.0
     row["groups"] = dict(Counter(group.kind for group in analysis.groups))
     row["exact"] = sum(group.exact for group in analysis.groups)
     frozen = [f for f in analysis.frozen if not is_window(f)]
@@ -154,7 +156,11 @@ prunings of that file (each kind alone, then all together; float32); *outside* i
 plan, where all that left was exact; *largest frozen part* is an axis that nothing can leave, with the parameters on it
 (an axis of a tensor whose other axes may well be pruned). Models are small, with random weights.
 
-What Torch-Pruning makes of the same layers stands in [cross-check.md](cross-check.md).
+What Torch-Pruning makes of the same layers stands in [cross-check.md](cross-check.md); a page per family in the
+[gallery](gallery/README.md).
+
+Not there: whole experts of a mixture do not leave (the axis that a softmax or TopK runs over is frozen); neurons inside
+experts do. Caches of keys and values keep their shapes here, with them the heads' sizes; `--allow-io` lets both shrink.
 """
 _RECORDED = """Files that TensorFlow, Keras, JAX, PaddlePaddle, scikit-learn, converters and quantisers wrote over the
 years. They are not part of the project; `--zoo` names their folder."""
@@ -173,11 +179,13 @@ def _line(row: Row, title: str, exporter: str) -> str:
     missing = [kind for kind, found in row["kinds"].items() if not isinstance(found, float)]
     if missing:
         verified += f" (not {', '.join(missing)} alone)"
-    if row["state"] not in ("ok", "nothing") and row["note"]:
+    if row["state"] == "nothing":
+        verified = "nothing to prune"
+    elif row["state"] != "ok" and row["note"]:
         verified += f": {row['note']}"
     prunable = f"{row['prunable']:.1%}" if row["prunable"] >= GOAL else f"**{row['prunable']:.1%}**"
     return (
-        f"| {title} | {exporter} | {groups} | {prunable} | {_number(row.get('reachable'), '.2f')} | {verified} | "
+        f"| {title} | {exporter} | {groups} | {prunable} | {_number(row.get('reachable'), '.3f')} | {verified} | "
         f"{_error(row.get('outside'))} | {_frozen(row['frozen'][0]) if row['frozen'] else 'nothing'} |"
     )
 
@@ -203,10 +211,9 @@ def operators() -> str:
 
     known = {s.name for s in defs.get_all_schemas() if s.domain == "" and not s.deprecated}
     missing = sorted(name for name in known if lookup("", name, 10**6) is None)
-    return f"Of the {len(known)} operators of ONNX's default domain {len(known) - len(missing)} have a rule" + (
-        f"; without one, so that what they touch is frozen and they are named as the reason: {', '.join(missing)}."
-        if missing
-        else "."
+    return (
+        f"Of the {len(known)} operators of ONNX's default domain {len(known) - len(missing)} have a rule; the other "
+        f"{len(missing)} stand with the reason why not in [operators.md](operators.md#without-a-rule)."
     )
 
 
@@ -243,7 +250,8 @@ def main() -> int:
     paths = [path for path in paths if path.stem not in known]
     rows = [*known.values()]
     rows += zoo.run_all(paths, options, lambda row: print(_line(row, row["name"], ""), flush=True), check)
-    exporters = {Path(entry["file"]).stem: entry["exporter"] for entry in listed}
+    taken = {path.stem for path in own}  # a recorded model of the same name is left out
+    exporters = {s: e["exporter"] for e in listed if (s := Path(e["file"]).stem) not in taken}
     recorded = [{**row, "exporter": exporters[row["name"]]} for row in rows if row["name"] in exporters]
     text = page([row for row in rows if row["name"] not in exporters], failures, recorded, operators())
     if options.write is not None:

@@ -210,11 +210,11 @@ SUBJECTS: dict[str, Subject] = {
         name: Subject(f"torchvision's in {where}", networks.MODULES[name], _random((1, 3, 224, 224)))
         for name, where in (
             ("resnet50", "test_flops, test_pruner"),
-            ("mobilenet-v2", "test_pruner"),
-            ("densenet121", "test_importance"),
-            ("efficientnet-b0", "test_pruner"),
-            ("convnext-t", "test_unwrapped_parameters, without hints"),
-            ("vit-b16", "test_backward, without the number of heads"),
+            ("mobilenet-v2", "test_backward"),
+            ("densenet121", "test_regularization"),
+            ("efficientnet-b0", "test_backward"),
+            ("convnext-t", "test_unwrapped_parameters (base), without hints"),
+            ("vit-b16", "test_serialization, without the number of heads"),
         )
     },
     **{
@@ -266,12 +266,13 @@ def _cut(analysis: Analysis, group: Group, tensor: str, axis: int, path: Path) -
     return gone, kept
 
 
-def _proof(analysis: Analysis, kept: Mask, path: Path) -> str:
-    """Whether what `spa` wrote is what the original does without these channels."""
+def _proof(analysis: Analysis, kept: Mask, ours: Path, theirs: Path) -> str:
+    """Which of the two is what the original does without these channels."""
     model, exact = analysis.coupling.model, is_exact(analysis, kept)
     reference = zeroed(model, removals(analysis, kept)) if exact else masked(analysis, kept)
-    found = compare(reference, path, exact=exact, original=model)
-    return f"; `spa`'s {'is' if found.passed else 'is NOT'} the original with these channels masked"
+    right = [compare(reference, path, exact=exact, original=model).passed for path in (ours, theirs)]
+    words = {True: "equals", False: "does NOT equal"}
+    return f"; the original with these channels masked: `spa`'s {words[right[0]]} it, the other's {words[right[1]]} it"
 
 
 def _peer(net: Any, inputs: tuple[Any, ...], name: str, gone: list[int], path: Path) -> str:
@@ -347,7 +348,7 @@ def check(name: str, most: int) -> Iterator[Row]:
                 if refused := _peer(net, inputs, layer, gone, theirs):
                     row["state"], row["why"] = "spa only", refused
                 elif difference := _same(ours, theirs, inputs):
-                    row["state"], row["why"] = "differ", difference + _proof(analysis, kept, ours)
+                    row["state"], row["why"] = "differ", difference + _proof(analysis, kept, ours, theirs)
             yield row
 
 
@@ -407,7 +408,7 @@ def main() -> int:
     if options.write is not None:
         options.write.write_text(text + "\n")
     measure.write(options.json, {"rows": rows})
-    return 1 if any(row["state"] == "differ" and "NOT" in row["why"] for row in rows) else 0
+    return 1 if any(row["state"] == "differ" and "`spa`'s does NOT" in row["why"] for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def _operand(coupling: Coupling, value: ir.Value | None, use: Use | None) -> Ope
 
 
 def _freeze_border(coupling: Coupling) -> None:
-    """Inputs and outputs keep their shapes, but for those that may change."""
-    """Inputs and outputs of the graph keep their shapes; initializers listed as inputs are weights."""
+    """Inputs and outputs of the graph keep their shapes, but for those that may change; initializers listed as inputs
+    are weights."""
     graph = coupling.model.graph
     for values, why in ((graph.inputs, "graph input"), (graph.outputs, "graph output")):
         for value in values:

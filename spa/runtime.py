@@ -290,7 +290,7 @@ def _lent(ort: Any, model: bytes, options: Any, weights: Mapping[str, Array]) ->
     values = _values(weights)
     for name, value in values.items():
         options.add_initializer(name, value)
-    with tempfile.TemporaryDirectory(prefix="spa-session-") as folder:
+    with tempfile.TemporaryDirectory(prefix="spa-session-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model)
         with open(path.with_name(LENT), "wb") as file:  # never read, but it must be there and large enough

@@ -190,3 +190,30 @@ def test_the_reason_is_told() -> None:
     )
     reasons = {(f.axis, f.reason.text) for f in analyze(model).frozen}
     assert (1, f"no rule for operator NonZero: {REASONS['NonZero']}") in reasons
+
+
+def test_neurons_of_looked_up_experts_are_neurons(tmp_path: Path) -> None:
+    """Each token multiplies with the matrices of its two experts: no attention, though no operand is a constant."""
+
+    class Experts(torch.nn.Module):  # type: ignore[misc,name-defined]  # torch is optional
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.router = torch.nn.Linear(8, 16), torch.nn.Linear(16, 4)
+            self.up = torch.nn.Parameter(torch.randn(4, 24, 16))
+            self.down = torch.nn.Parameter(torch.randn(4, 16, 24))
+            self.out = torch.nn.Linear(16, 3)
+
+        def forward(self, x: Any) -> Any:
+            x = self.into(x)
+            share, which = self.router(x).softmax(-1).topk(2, -1)
+            hidden = (self.up[which] @ x[:, None, :, None]).relu()
+            return self.out(((self.down[which] @ hidden)[..., 0] * share[..., None]).sum(1))
+
+    model = exported(Experts, (torch.randn(5, 8),), tmp_path / "model.onnx")
+    analysis = analyze(model)
+    inner = next(g for g in analysis.groups if {"up", "down"} == {m.tensor for m in g.members})
+    assert (inner.kind, inner.units, inner.exact) == ("neuron", 24, True)
+    assert not any(group.kind == "qk-dim" for group in analysis.groups)
+    result = spa.prune(model, target="params=0.7", scope="all", align=1, output=tmp_path / "out.onnx")
+    assert result.report.verify is not None
+    assert result.report.verify.max_rel_error < 1e-5

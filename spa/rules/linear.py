@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from spa.rules.base import FACTOR, Leaving, Op, Rule, Zero, register
+from spa.rules.base import FACTOR, Leaving, Op, Operand, Rule, Zero, register
 from spa.rules.notation import Attr, Einsum, einsum
 
 WEIGHTED = Zero(any_of=(0, 1), all_of=(2,))
@@ -94,10 +94,24 @@ def _matmul_text(op: Op, left: str = "m k", right: str = "k n", extra: str = "")
     return f"{x}, {y}{extra} -> {out}"
 
 
+_VIEWS = ("Transpose", "Cast", "Unsqueeze", "Squeeze", "Identity")
+
+
+def _is_weight(op: Op, operand: Operand | None) -> bool:
+    """Whether an operand is a weight, or matrices looked up in a stack of them: those of a token's experts."""
+    if operand is None or operand.constant:
+        return True
+    node = operand.value.producer()
+    while node is not None and node.op_type in _VIEWS and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    source = node.inputs[0] if node is not None and node.op_type in ("Gather", "GatherND") else None
+    stack = op.resolve(source) if source is not None else None
+    return stack is not None and stack.constant and len(stack.dims) > 2
+
+
 def _roles(op: Op) -> dict[str, str]:
     """Two activations: attention; one weight: neurons."""
-    a, b = op.input(0), op.input(1)
-    if a is not None and b is not None and not a.constant and not b.constant:
+    if not any(_is_weight(op, op.input(k)) for k in (0, 1)):
         return {"...": "head", "k": "qk-dim", "n": "v-dim"}
     return {"n": "neuron", "m": "neuron", "k": "neuron"}
 
