@@ -105,7 +105,7 @@ def test_pruning_and_verifying_holds_few_weights(tmp_path: Path, kind: str) -> N
 def both(path: Path) -> tuple[Any, Any]:
     """The model as read piece by piece (None: protobuf shall decide), and as protobuf reads it."""
     file = external.File(path)
-    return described(lambda: external.map_model(file, "m")), described(lambda: graph._parsed(file, "m"))
+    return described(lambda: external.map_model(file, "m")), described(lambda: graph._parsed(file, "m", True))
 
 
 def described(read: Any) -> Any:
