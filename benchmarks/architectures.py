@@ -2,9 +2,10 @@
 
     python benchmarks/architectures.py FOLDER [--exporter torchscript|dynamo] [NAME ...]
 
-Convolutional, recurrent and graph networks are written here (`small_networks.py`); transformers are built from the
-configurations of the library `transformers`, which must be installed (with `torch` and `onnxscript`) in the Python that
-runs this. `spa` is not needed. What cannot be exported is reported and left out: `FOLDER/failures.json`.
+Convolutional, recurrent and graph networks are written here (`small_networks.py`, `sequence_networks.py`); transformers
+are built from the configurations of the library `transformers`, which must be installed (with `torch` and `onnxscript`)
+in the Python that runs this. `spa` is not needed. What cannot be exported is reported and left out:
+`FOLDER/failures.json`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import small_networks
+import measure  # noqa: F401  # makes `benchmarks` importable
 from networks import module
+
+from benchmarks import sequence_networks, small_networks
+from benchmarks.torch_modules import lazy_torch
 
 EXPORTERS = {"torchscript": "ts", "dynamo": "dy"}
 """Exporter -> how its files end."""
@@ -44,23 +48,17 @@ class Family:
     """All sizes are fixed in the file: the batch, too."""
 
 
-def _torch() -> Any:
-    import torch
-
-    return torch
-
-
 def _image(*size: int) -> Callable[[], tuple[Any, ...]]:
-    return lambda: (_torch().randn(2, *size),)
+    return lambda: (lazy_torch().randn(2, *size),)
 
 
 def _tokens(length: int = 12, vocabulary: int = 200) -> Callable[[], tuple[Any, ...]]:
-    return lambda: (_torch().randint(0, vocabulary, (2, length)),)
+    return lambda: (lazy_torch().randint(0, vocabulary, (2, length)),)
 
 
 def _masked(length: int = 12) -> Callable[[], tuple[Any, ...]]:
     """Tokens, and the mask without which `transformers` looks for packed sequences, which TorchScript cannot write."""
-    return lambda: (*_tokens(length)(), _torch().ones(2, length, dtype=_torch().int64))
+    return lambda: (*_tokens(length)(), lazy_torch().ones(2, length, dtype=lazy_torch().int64))
 
 
 def _hf(model: str, config: str, inputs: tuple[str, ...], output: int | str = 0, **options: Any) -> Callable[[], Any]:
@@ -76,7 +74,7 @@ def _hf(model: str, config: str, inputs: tuple[str, ...], output: int | str = 0,
                 part._experts_implementation = "batched_mm"
         net = getattr(transformers, model)(made)
 
-        class Wrapper(_torch().nn.Module):  # type: ignore[misc]  # torch is looked up at run time
+        class Wrapper(lazy_torch().nn.Module):  # type: ignore[misc]  # torch is looked up at run time
             def __init__(self) -> None:
                 super().__init__()
                 self.net = net
@@ -128,7 +126,7 @@ def _clip() -> Any:
     )
     net = transformers.CLIPModel(made)
 
-    class Towers(_torch().nn.Module):  # type: ignore[misc]  # torch is looked up at run time
+    class Towers(lazy_torch().nn.Module):  # type: ignore[misc]  # torch is looked up at run time
         def __init__(self) -> None:
             super().__init__()
             self.net = net
@@ -141,20 +139,23 @@ def _clip() -> Any:
 
 FAMILIES: dict[str, Family] = {
     **{name: Family(title, build, _image(*size), fixed) for name, title, build, size, fixed in small_networks.NETWORKS},
-    "lstm": Family("LSTM", small_networks.lstm, _tokens()),
-    "gru": Family("GRU", small_networks.gru, _tokens()),
-    "gcn": Family("GCN", small_networks.gcn, lambda: (_torch().randn(2, 10, 12), _torch().rand(2, 10, 10))),
+    "lstm": Family("LSTM", sequence_networks.lstm, _tokens()),
+    "gru": Family("GRU", sequence_networks.gru, _tokens()),
+    "gcn": Family("GCN", sequence_networks.gcn, lambda: (lazy_torch().randn(2, 10, 12), lazy_torch().rand(2, 10, 10))),
     "dlrm": Family(
-        "DLRM", small_networks.dlrm, lambda: (_torch().randn(4, 13), _torch().randint(0, 50, (4, 6))), fixed=True
+        "DLRM",
+        sequence_networks.dlrm,
+        lambda: (lazy_torch().randn(4, 13), lazy_torch().randint(0, 50, (4, 6))),
+        fixed=True,
     ),
-    "lora": Family("LoRA beside every projection", small_networks.lora, _tokens()),
-    "rope-interleaved": Family("RoPE, interleaved pairs", small_networks.rope_interleaved, _tokens()),
-    "experts-dense": Family("Mixture of experts, stacked weights", small_networks.experts, _tokens()),
-    "ssm": Family("Mamba-2 block: grouped heads, state, gate", small_networks.ssm, _tokens(), fixed=True),
+    "lora": Family("LoRA beside every projection", sequence_networks.lora, _tokens()),
+    "rope-interleaved": Family("RoPE, interleaved pairs", sequence_networks.rope_interleaved, _tokens()),
+    "experts-dense": Family("Mixture of experts, stacked weights", sequence_networks.experts, _tokens()),
+    "ssm": Family("Mamba-2 block: grouped heads, state, gate", sequence_networks.ssm, _tokens(), fixed=True),
     "kv-cache": Family(
         "KV cache as inputs and outputs",
-        small_networks.cached,
-        lambda: (_torch().randint(0, 200, (2, 1)), *(_torch().randn(2, 2, 8, 16) for _ in range(4))),
+        sequence_networks.cached,
+        lambda: (lazy_torch().randint(0, 200, (2, 1)), *(lazy_torch().randn(2, 2, 8, 16) for _ in range(4))),
     ),
     "vit": Family("ViT", _vision("ViTForImageClassification", "ViTConfig", **_VIT), _image(3, 32, 32)),
     "deit": Family("DeiT", _vision("DeiTForImageClassification", "DeiTConfig", **_VIT), _image(3, 32, 32)),
@@ -257,7 +258,10 @@ FAMILIES: dict[str, Family] = {
         lambda: (*_tokens()(), *_tokens(7)()),
     ),
     "clip": Family(
-        "CLIP: two towers", _clip, lambda: (_torch().randint(3, 200, (2, 12)), _torch().randn(2, 3, 32, 32)), True
+        "CLIP: two towers",
+        _clip,
+        lambda: (lazy_torch().randint(3, 200, (2, 12)), lazy_torch().randn(2, 3, 32, 32)),
+        True,
     ),
     "whisper": Family(
         "Whisper",
@@ -284,7 +288,7 @@ FAMILIES: dict[str, Family] = {
             suppress_tokens=None,
             begin_suppress_tokens=None,
         ),
-        lambda: (_torch().randn(2, 16, 64), *_tokens(7)()),
+        lambda: (lazy_torch().randn(2, 16, 64), *_tokens(7)()),
         True,
     ),
     "mamba": Family(
@@ -298,7 +302,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def _dynamo(net: Any, inputs: tuple[Any, ...], names: list[str], path: Path, fixed: bool) -> None:
-    torch = _torch()
+    torch = lazy_torch()
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = tuple({} if fixed else {0: batch} for _ in inputs)
     parameters = inspect.signature(net.forward).parameters.values()
@@ -320,7 +324,7 @@ def export(name: str, path: Path, exporter: str) -> None:
     """Write the model of a family, and its inputs and outputs beside it (`.npz`)."""
     import numpy as np
 
-    torch = _torch()
+    torch = lazy_torch()
     family = FAMILIES[name]
     torch.manual_seed(0)
     net, inputs = module(family.build), family.inputs()
@@ -332,7 +336,7 @@ def export(name: str, path: Path, exporter: str) -> None:
         if exporter == "dynamo":
             try:
                 _dynamo(net, inputs, names, draft, family.fixed)
-            except Exception:
+            except Exception:  # exporters raise anything; what fails again is raised
                 if family.fixed:
                     raise
                 _dynamo(net, inputs, names, draft, True)  # some modules are only exported for one size of the batch

@@ -31,12 +31,12 @@ import measure  # also makes `spa` importable
 import networks
 import numpy as np
 import onnxruntime as ort
-import small_networks
 import torch
-from small_networks import _wired
 from torch import nn
 
 import spa.pipeline as spa
+from benchmarks import small_networks
+from benchmarks.torch_modules import wired
 from spa.finish import is_exact
 from spa.graph import load, save
 from spa.groups import Analysis, Group
@@ -89,7 +89,7 @@ def _wide_and_deep() -> Any:
         nn.ReLU(),
         nn.Linear(16, 1),
     )
-    return _wired(
+    return wired(
         lambda m, x: m.last(torch.cat([m.wide(x), m.deep(x)], -1)).sigmoid(),
         deep=deep, wide=nn.Linear(32, 3), last=nn.Linear(4, 1),
     )  # fmt: skip
@@ -101,7 +101,7 @@ def _concat_split() -> Any:
         x1, x2 = torch.split(m.main(x), (m.join[0].in_channels - m.side[-1].num_features, m.join[0].out_channels), 1)
         return m.join(torch.cat([x1, y], 1)) + x2
 
-    return _wired(forward, main=_block(10, 10, 20), side=_block(10, 10, 10), join=_point(20, 10))
+    return wired(forward, main=_block(10, 10, 20), side=_block(10, 10, 10), join=_point(20, 10))
 
 
 def _split() -> Any:
@@ -110,7 +110,7 @@ def _split() -> Any:
         x1, x2, x3 = torch.split(m.main(x), [c1, c1, c2], 1)
         return m.one(x1), m.one(x2), m.two(x3)
 
-    return _wired(forward, main=_block(16, 16, 64), one=_point(16, 16), two=_point(32, 16))
+    return wired(forward, main=_block(16, 16, 64), one=_point(16, 16), two=_point(32, 16))
 
 
 def _reshape() -> Any:
@@ -118,7 +118,7 @@ def _reshape() -> Any:
         y = m.first(x).relu().view(-1, m.up1.in_channels, 4, 4)
         return m.last(torch.flatten(m.up2(m.up1(y).relu()).relu(), 1))
 
-    return _wired(
+    return wired(
         forward, first=nn.Linear(64, 512), up1=nn.ConvTranspose2d(32, 16, 4, 2, 1),
         up2=nn.ConvTranspose2d(16, 8, 4, 2, 1), last=nn.Linear(8 * 256, 10),
     )  # fmt: skip
@@ -130,7 +130,7 @@ def _other_axis() -> Any:
         y = m.conv1(torch.cat([y1, y2], 2))
         return m.conv2(torch.split(y, [y1.shape[2], y2.shape[2]], 2)[0])
 
-    return _wired(
+    return wired(
         forward, one=_block(32, 32, 32), two=_block(32, 32, 32), conv1=nn.Conv2d(32, 32, 1), conv2=nn.Conv2d(32, 32, 1)
     )
 
@@ -141,7 +141,7 @@ def _custom_layer() -> Any:
         y = y / y.pow(2).sum(1, keepdim=True).sqrt()
         return m.last(m.inner(y * m.scale + m.bias))
 
-    net = _wired(forward, first=nn.Linear(64, 48), inner=nn.Linear(48, 48), last=nn.Linear(48, 10))
+    net = wired(forward, first=nn.Linear(64, 48), inner=nn.Linear(48, 48), last=nn.Linear(48, 10))
     net.scale, net.bias = nn.Parameter(torch.rand(48) + 0.5), nn.Parameter(torch.rand(48))
     return net
 
@@ -151,7 +151,7 @@ def _two_inputs() -> Any:
         x, y = m.one(x).relu(), m.two(y).relu()
         return x, y, m.both(torch.cat([x, y], 1)).relu()
 
-    return _wired(forward, one=nn.Linear(128, 32), two=nn.Linear(64, 32), both=nn.Linear(64, 100))
+    return wired(forward, one=nn.Linear(128, 32), two=nn.Linear(64, 32), both=nn.Linear(64, 100))
 
 
 def _cascade() -> Any:
@@ -160,7 +160,7 @@ def _cascade() -> Any:
         y = torch.cat([y, m.three(x)], 1)
         return m.last(torch.cat([y, m.four(x)], 1))
 
-    return _wired(
+    return wired(
         forward, one=_block(10, 10, 10), two=_block(10, 20, 20), three=_point(10, 30), four=_point(10, 60),
         last=nn.Conv2d(120, 10, 1),
     )  # fmt: skip
@@ -185,7 +185,7 @@ def _skip() -> Any:
         y = m.one(x).relu()
         return m.three(m.two(y).relu() + y)
 
-    return _wired(forward, one=nn.Linear(128, 64), two=nn.Linear(64, 64), three=nn.Linear(64, 10))
+    return wired(forward, one=nn.Linear(128, 64), two=nn.Linear(64, 64), three=nn.Linear(64, 10))
 
 
 def _random(*shapes: tuple[int, ...]) -> Callable[[], tuple[Any, ...]]:

@@ -17,7 +17,7 @@ from onnx import defs
 from typer.testing import CliRunner
 
 import spa
-from benchmarks import small_networks
+from benchmarks import sequence_networks, small_networks
 from spa.cli.app import app
 from spa.errors import TargetError, UsageError
 from spa.pipeline import analyze, apply, verify
@@ -28,14 +28,14 @@ torch = pytest.importorskip("torch")
 IMAGES = {name: (build, size) for name, _, build, size, _ in small_networks.NETWORKS}
 QUICK = ("dense", "grouped", "shuffle", "excite", "unet", "fpn", "yolo", "pixels", "temporal", "volume", "mixer")
 OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], tuple[Any, ...]]]] = {
-    "lstm": (small_networks.lstm, lambda: (torch.randint(0, 200, (2, 6)),)),
-    "gru": (small_networks.gru, lambda: (torch.randint(0, 200, (2, 6)),)),
-    "gcn": (small_networks.gcn, lambda: (torch.randn(2, 10, 12), torch.rand(2, 10, 10))),
-    "dlrm": (small_networks.dlrm, lambda: (torch.randn(4, 13), torch.randint(0, 50, (4, 6)))),
-    "lora": (small_networks.lora, lambda: (torch.randint(0, 200, (2, 6)),)),
-    "rope-interleaved": (small_networks.rope_interleaved, lambda: (torch.randint(0, 200, (2, 6)),)),
-    "experts": (small_networks.experts, lambda: (torch.randint(0, 200, (2, 6)),)),
-    "ssm": (small_networks.ssm, lambda: (torch.randint(0, 200, (2, 12)),)),
+    "lstm": (sequence_networks.lstm, lambda: (torch.randint(0, 200, (2, 6)),)),
+    "gru": (sequence_networks.gru, lambda: (torch.randint(0, 200, (2, 6)),)),
+    "gcn": (sequence_networks.gcn, lambda: (torch.randn(2, 10, 12), torch.rand(2, 10, 10))),
+    "dlrm": (sequence_networks.dlrm, lambda: (torch.randn(4, 13), torch.randint(0, 50, (4, 6)))),
+    "lora": (sequence_networks.lora, lambda: (torch.randint(0, 200, (2, 6)),)),
+    "rope-interleaved": (sequence_networks.rope_interleaved, lambda: (torch.randint(0, 200, (2, 6)),)),
+    "experts": (sequence_networks.experts, lambda: (torch.randint(0, 200, (2, 6)),)),
+    "ssm": (sequence_networks.ssm, lambda: (torch.randint(0, 200, (2, 12)),)),
 }
 KINDS = {
     "grouped": {"channel"},
@@ -95,7 +95,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cache") / "decoder.onnx"
     new = [f"present.{k}" for k in range(4)]
     inputs = (torch.randint(0, 200, (2, 1)), *past)
-    return exported(small_networks.cached, inputs, path, input_names=["ids", *names], output_names=["logits", *new])
+    return exported(sequence_networks.cached, inputs, path, input_names=["ids", *names], output_names=["logits", *new])
 
 
 CACHE = ["past.*", "present.*"]

@@ -340,7 +340,7 @@ def test_the_fixed_names() -> None:
         "finetune", "export-torch", "import-weights", "quantize", "float16", "opset", "ort", "run",
         "profile", "bench", "rules", "methods", "serve", "remote", "token",
     ]  # fmt: skip
-    groups = {name: commands.pop(name).commands for name in ("remote", "token")}  # type: ignore[attr-defined]
+    groups = {name: commands.pop(name).commands for name in ("remote", "token")}  # type: ignore[attr-defined]  # groups
     assert list(groups["remote"]) == [
         "login", "push", "prune", "infer", "bench", "submit", "watch", "pull", "jobs", "cancel", "delete",
     ]  # fmt: skip

@@ -212,7 +212,7 @@ def test_the_outermost_module_is_evaluated(tmp_path: Path, monkeypatch: pytest.M
     outer.training = True
     (tmp_path / "wrapped.py").write_text("module = None\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    import wrapped  # type: ignore[import-not-found]
+    import wrapped  # type: ignore[import-not-found]  # written above
 
     wrapped.module = outer
     source = open_source(Request("from_torch", "wrapped:module", (Input("x", (1, 4)),), "torchscript"))

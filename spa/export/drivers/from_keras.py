@@ -131,7 +131,7 @@ class Keras:
             with warnings.catch_warnings(), _open_functions(backend):
                 warnings.simplefilter("ignore")
                 self.model.export(str(path), format="onnx", verbose=False, input_signature=self._signature(), **options)
-        except Exception as error:  # as above
+        except Exception as error:  # exporters raise anything
             raise refused(
                 "keras' ONNX export", error, "save a SavedModel (model.export(folder)) and export that"
             ) from error

@@ -90,6 +90,6 @@ class SavedModel:
             tf2onnx.convert.from_function(
                 positional, input_signature=specs, opset=self.request.opset or OPSET, output_path=str(path)
             )
-        except Exception as error:  # as above
+        except Exception as error:  # tf2onnx raises anything
             raise refused("tf2onnx", error, "try another --opset") from error
         self.exporter = f"tf2onnx, {versions('tensorflow', 'tensorflow-cpu', 'tf2onnx')}"
