@@ -37,6 +37,8 @@ class Measured:
     setup: Setup = field(default_factory=Setup)
     cache: Cache = field(default_factory=Cache)
     progress: Progress = silent
+    given: int | None = None
+    """Samples that the user gave, where some of them are not in `data`."""
     shelf: Shelf = field(init=False)
     problems: dict[str, list[Consumer]] = field(default_factory=dict)
     """What a criterion made of the moments, by group."""
@@ -114,7 +116,7 @@ class Measured:
             self.analysis.coupling.model, unknown, self.data, self.setup, self.progress, self.shelf.keep
         )
         for site in unknown:
-            enough(site, found[site.name], self.data)
+            enough(site, found[site.name], self.data, self.given)
             self._joints[site.name] = found[site.name]
         for same in same_reading(unknown).values():
             joint = found[same[0].name]
@@ -155,16 +157,20 @@ def _inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return out
 
 
-def enough(site: Site, joint: Joint, data: Calibration) -> None:
-    """Raise UsageError unless there is an observation for every `FEWEST` columns, and all of them are finite."""
+def enough(site: Site, joint: Joint, data: Calibration, given: int | None = None) -> None:
+    """Raise UsageError unless there is an observation for every `FEWEST` columns, and all of them are finite.
+
+    `given` is the number of samples of which `data` are those to fit on.
+    """
     if not np.isfinite(joint.xx).all():
         raise UsageError(
             f"calibration: the inputs of {site.name!r} become NaN or infinite; check the data's preprocessing"
         )
     need = max(site.columns // FEWEST, 2)
     if joint.rows < need:
-        per = joint.rows / max(data.samples, 1)
+        given = data.samples if given is None else given
+        per = joint.rows / max(given, 1)
         raise UsageError(
-            f"calibration: {plural(data.samples)} give {joint.rows} observations of the {site.columns} inputs of "
+            f"calibration: {plural(given)} give {joint.rows} observations of the {site.columns} inputs of "
             f"{site.name!r}; give at least {int(np.ceil(need / max(per, 1e-9)))} samples"
         )

@@ -3,7 +3,9 @@
 Losses of different layers cannot be compared as they are: the same relative error does little in one layer and much in
 another. A few trials per group (prune it alone, refit its consumers in closed form, run the model) give the factor
 between a criterion's loss and the error of the outputs, with which losses add up over the network (in the spirit of
-SPDY's layer sensitivities, arXiv 2201.13096; measured instead of searched).
+SPDY's layer sensitivities, arXiv 2201.13096; measured instead of searched). The trials look at samples that nothing was
+fit on: with fewer observations than columns, as behind a global pooling, a refit explains those it has seen whatever
+leaves.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ _FLOATS = {1, 10, 11, 16}
 SHARES = (0.25, 0.6)
 """Of a group's units, that leave in the trials."""
 SAMPLES = 128
-"""Used in each trial."""
+"""Used in each trial at most."""
+PART = 5
+"""One sample of so many is held out for the trials."""
 
 
 def curves(
@@ -39,6 +43,7 @@ def curves(
     groups: Sequence[Group],
     scores: Mapping[str, Vector],
     measured: Measured,
+    test: Calibration,
     rotations: Mapping[str, Rotation] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Vector]:
@@ -49,15 +54,17 @@ def curves(
         groups: groups to try.
         scores: losses per unit, any scale per group.
         measured: statistics, for the refit of the consumers.
+        test: samples for the trials, see `held_out`.
         rotations: of the groups whose units are mixed within heads when some leave.
         progress: told how many groups have been tried (`weigh`).
     """
     rotations = rotations or {}
     request = [[g.name, g.units, _digest(scores[g.name]), g.name in rotations] for g in groups]
-    known = measured.cache.get("sensitivity", measured.data.digest, [request, SHARES, SAMPLES])
+    about = [request, SHARES, SAMPLES, test.digest]
+    known = measured.cache.get("sensitivity", measured.data.digest, about)
     if known is None:
         errors = {str(k): np.zeros(len(SHARES)) for k in range(len(groups))}
-        trials = Trials(analysis, few(measured.data, SAMPLES), measured, rotations)
+        trials = Trials(analysis, few(test, SAMPLES), measured, rotations)
         progress("weigh", 0, len(groups))
         order = sorted((trials.start(group), k) for k, group in enumerate(groups))
         for done, (start, k) in enumerate(order):
@@ -65,7 +72,7 @@ def curves(
             errors[str(k)] = np.array([trials.error(groups[k], units, start) for units in leaving])
             progress("weigh", done + 1, len(groups))
         known = errors
-        measured.cache.put("sensitivity", measured.data.digest, [request, SHARES, SAMPLES], errors)
+        measured.cache.put("sensitivity", measured.data.digest, about, errors)
     return {g.name: _curve(scores[g.name], known[str(k)]) for k, g in enumerate(groups)}
 
 
@@ -124,6 +131,13 @@ class Trials:
         return divergence(
             self.reference, [fetch(out[n]).astype(np.float64) for v in window for out in (run(v),) for n in names]
         )
+
+
+def held_out(data: Calibration) -> tuple[Calibration, Calibration]:
+    """Samples to fit on and others for trials; the same ones twice where there are too few to part with any."""
+    if data.samples // (data.fixed or 1) < PART:
+        return data, data
+    return data.split(min(SAMPLES, data.samples // PART))
 
 
 def few(data: Calibration, count: int) -> Calibration:

@@ -32,7 +32,7 @@ from spa.options import Scope, choose
 from spa.progress import Progress, silent
 from spa.removal import Mask, kept_without
 from spa.rewrite import rewritten
-from spa.sensitivity import curves, divergence, few, outputs
+from spa.sensitivity import curves, divergence, few, held_out, outputs
 from spa.sites import constant_of, exchange
 from spa.stitch import stitch
 from spa.twin import Twin
@@ -114,15 +114,21 @@ class Study:
         self.analysis = query.analysis
         self.setup, self.cache, self.progress = setup or Setup(), cache or Cache(), progress
         self.groups = self._choose()
-        self.measured = (
-            None if data is None else Measured(self.analysis, self.groups, data, self.setup, self.cache, progress)
-        )
+        self.measured, self.trial = self._measured()
         derivatives = (
             None
             if data is None
             else Gradients(self.analysis, self.groups, data, query.loss, self.setup, seed, self.cache, progress)
         )
         self.evidence = Evidence(self.analysis, seed, self.measured, derivatives)
+
+    def _measured(self) -> tuple[Measured | None, Calibration | None]:
+        """Statistics, and other samples for trials: on those that were fit on, what leaves seems to cost too little."""
+        if self.data is None:
+            return None, None
+        fit, test = held_out(self.data) if self.method.sensitivity else (self.data, self.data)
+        given = self.data.samples
+        return Measured(self.analysis, self.groups, fit, self.setup, self.cache, self.progress, given), test
 
     def _choose(self) -> list[Group]:
         query, method = self.query, self.method
@@ -141,11 +147,13 @@ class Study:
         """Importance of every unit of every group."""
         method = self.method
         raw = self._raw()
-        if not method.sensitivity or method.allocation not in ("efficient", "knapsack") or self.measured is None:
+        weighed = method.sensitivity and method.allocation in ("efficient", "knapsack")
+        if not weighed or self.measured is None or self.trial is None:
             return Scored(normalise(raw, self.groups, method.normalisation), None)
         raw |= {name: rotation.scores(raw[name]) for name, rotation in self.rotations.items()}
         scores = normalise(raw, self.groups, method.normalisation)
-        return Scored(scores, curves(self.analysis, self.groups, raw, self.measured, self.rotations, self.progress))
+        bent = curves(self.analysis, self.groups, raw, self.measured, self.trial, self.rotations, self.progress)
+        return Scored(scores, bent)
 
     def _raw(self) -> dict[str, Vector]:
         """What the criterion says; looked up where that takes a look at samples."""
@@ -157,7 +165,8 @@ class Study:
         if self.data is None or criterion.needs == "weights" or not isinstance(self.query.loss, str):
             return take()
         groups = [[g.name, g.units] for g in self.groups]
-        request = [criterion.name, method.aggregation, self.query.loss, self.seed, groups]
+        fit = self.data.digest if self.measured is None else self.measured.data.digest
+        request = [criterion.name, method.aggregation, self.query.loss, self.seed, groups, fit]
         known = self.cache.get("scores", self.data.digest, request)
         if known is None:
             found = take()

@@ -26,7 +26,8 @@ class Calibration:
     name: str
     """How reports call it: `npz calib.npz`, `images folder/`, `text calib.jsonl`, `arrays`, `noise`, `bn-matched`."""
     digest: str
-    """sha256 (hex) over the samples as the model gets them, in order, with their names, types, shapes and labels."""
+    """sha256 (hex) over the samples as the model gets them, in order, with their names, types, shapes and labels; of a
+    part (`split`), over the digest of the whole and which samples these are."""
     samples: int
     """How many there are, over all buckets."""
     feeds: tuple[Mapping[str, Array], ...]
@@ -85,7 +86,7 @@ class Calibration:
             if part.any():
                 buckets.append({name: array[part] for name, array in bucket.items()})
         labels = None if self.labels is None else self.labels[mask]
-        digest = _digest(buckets, labels, self.fixed)
+        digest = hashlib.sha256(f"{self.digest} {mask.tobytes().hex()}".encode()).hexdigest()
         name = f"{self.name} ({what})"
         return Calibration(name, digest, int(mask.sum()), tuple(buckets), labels, self.fixed, self.note)
 

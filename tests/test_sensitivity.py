@@ -1,0 +1,97 @@
+"""What a group's leaving costs the outputs: told on samples that nothing was fit on."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+import spa
+from spa.executors.segments import Segments
+from spa.methods import METHODS
+from spa.removal import kept_without
+from spa.rewrite import rewritten
+from spa.sensitivity import PART, SAMPLES, SHARES, divergence, held_out, lowest, outputs
+from spa.stitch import stitch
+from spa.study import Query, Study
+from tests.net import Net
+
+CHANNELS = 64
+
+
+def pooled() -> onnx.ModelProto:
+    """One observation per image of the channels behind the global pooling."""
+    net = Net()
+    x = net.input("x", "n", 3, 8, 8)
+    y = net("Relu", net("Conv", x, net.weight("w", CHANNELS, 3, 3, 3), net.weight("b", CHANNELS)))
+    y = net("Flatten", net("GlobalAveragePool", y))
+    return net.model(**{net("Gemm", y, net.weight("v", CHANNELS, 10)): ("n", 10)})
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 1, (count, 3, 8, 8)).astype(np.float32)
+
+
+def study(samples: int) -> Study:
+    graph = spa.load(pooled())
+    analysis = spa.analyze(graph)
+    data = spa.load_calibration({"x": images(samples, 0)}, graph.model)
+    return Study(Query(analysis, (), "all", (), (), 1, None), METHODS["obspa"], data=data)
+
+
+@pytest.mark.parametrize("samples", [75, 1000])
+def test_few_samples_do_not_make_channels_free(samples: int) -> None:
+    """The curve agrees with new images, also where a refit explains all samples it sees: 60 of them, 64 channels."""
+    found = study(samples)
+    scored = found.score()
+    assert scored.curves is not None
+    assert found.measured is not None
+    (group,) = found.groups
+    new = spa.load_calibration({"x": images(4000, 1)}, found.analysis.coupling.model)
+    reference = outputs(Segments.of(found.analysis.coupling.model), new, 64)
+    for share in SHARES:
+        units = lowest(scored.scores[group.name], share)
+        removed = [(group, units.tolist())]
+        kept = kept_without(found.analysis, removed)
+        twin = rewritten(found.analysis, kept)
+        stitch(twin, found.measured, kept, removed, {})
+        error = divergence(reference, outputs(Segments.of(twin.model), new, 64))
+        assert scored.curves[group.name][len(units)] == pytest.approx(error, rel=0.35)
+
+
+@pytest.mark.parametrize("samples", [1, PART - 1, PART, 64, 10_000])
+def test_samples_for_trials(samples: int) -> None:
+    data = spa.load_calibration({"x": images(samples, 0)}, spa.load(pooled()).model)
+    fit, test = held_out(data)
+    if samples < PART:
+        assert fit is test is data
+    else:
+        assert fit.samples + test.samples == samples
+        assert test.samples == min(SAMPLES, samples // PART)
+
+
+def test_a_batch_that_the_graph_fixes_is_held_out_whole() -> None:
+    net = Net()
+    y = net("Gemm", net("Relu", net("Gemm", net.input("x", 4, 3), net.weight("w", 3, 8))), net.weight("v", 8, 2))
+    model = net.model(**{y: (4, 2)})
+    graph = spa.load(model).model
+    x = np.random.default_rng(0).normal(0, 1, (16, 3)).astype(np.float32)
+    assert held_out(spa.load_calibration({"x": x}, graph))[0].samples == 16
+    fit, test = held_out(spa.load_calibration({"x": np.concatenate([x, x[:4]])}, graph))
+    assert (fit.samples, test.samples) == (16, 4)
+
+
+def test_too_few_samples_are_counted_as_given() -> None:
+    """The refusal speaks of the samples that the user gave, and what it asks for is enough."""
+    wide = Net()
+    y = wide("Relu", wide("Gemm", wide.input("x", "n", 8), wide.weight("w", 8, 400)))
+    model = wide.model(**{wide("Gemm", y, wide.weight("v", 400, 10)): ("n", 10)})
+    x = np.random.default_rng(0).normal(0, 1, (100, 8)).astype(np.float32)
+
+    def prune(samples: int) -> None:
+        spa.prune(model, target="macs=0.7", method="obspa", calibration={"x": x[:samples]})
+
+    with pytest.raises(spa.UsageError, match="calibration: 40 samples give 32 observations") as refused:
+        prune(40)
+    asked = int(str(refused.value).split("at least ")[1].split()[0])
+    prune(asked)
