@@ -95,3 +95,45 @@ def test_too_few_samples_are_counted_as_given() -> None:
         prune(40)
     asked = int(str(refused.value).split("at least ")[1].split()[0])
     prune(asked)
+
+
+def renamed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network under other names, in another alphabetical order; inputs and outputs keep theirs."""
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    kept = {v.name for v in (*out.graph.input, *out.graph.output)} | {""}
+    made = [name for node in out.graph.node for name in node.output] + [w.name for w in out.graph.initializer]
+    new = {name: f"v{997 * k % 1009}" for k, name in enumerate(n for n in made if n not in kept)}
+    for node in out.graph.node:
+        node.name = f"node of {node.name}"[::-1]
+        for names in (node.input, node.output):
+            names[:] = [new.get(n, n) for n in names]
+    for weight in out.graph.initializer:
+        weight.name = new.get(weight.name, weight.name)
+    del out.graph.value_info[:]
+    return out
+
+
+def weights(model: onnx.ModelProto) -> list[np.ndarray]:
+    """In the order in which nodes read them."""
+    known = {w.name: onnx.numpy_helper.to_array(w) for w in model.graph.initializer}
+    return [known[name] for node in model.graph.node for name in node.input if name in known]
+
+
+def test_names_change_nothing() -> None:
+    """Which positions of images are looked at does not depend on what tensors are called, nor does anything else."""
+    net = Net()
+    y = net.input("x", "n", 3, 24, 24)
+    for k, channels in enumerate((16, 24, 24)):
+        inputs = 3 if k == 0 else (16, 24)[k - 1]
+        y = net("Relu", net("Conv", y, net.weight(f"w{k}", channels, inputs, 3, 3), net.weight(f"b{k}", channels)))
+    y = net("Flatten", net("GlobalAveragePool", y))
+    model = net.model(**{net("Gemm", y, net.weight("v", 24, 10)): ("n", 10)})
+    x = np.random.default_rng(0).normal(0, 1, (100, 3, 24, 24)).astype(np.float32)
+    found = [
+        weights(spa.prune(m, target="macs=0.6", method="obspa", calibration={"x": x}).model)
+        for m in (model, renamed(model))
+    ]
+    assert len(found[0]) == len(found[1])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +110,7 @@ _SPEED = 0.75
 
 
 def sample(site: Site, positions: int, samples: int, *, least: int = 20, most: int = 1000) -> NDArray[np.int64]:
-    """Output positions that are looked at: the same for all samples, chosen by the name of the input.
+    """Output positions that are looked at: the same for all samples, and for all sites of this size by any name.
 
     As many as make the moments cost what the operator costs itself; more if it takes more to have `least` rows per
     column over all samples, but then at most twice that cost, unless it is next to nothing. Never fewer than give a
@@ -126,7 +125,7 @@ def sample(site: Site, positions: int, samples: int, *, least: int = 20, most: i
     count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), fewest), enough, positions))
     if count == positions:
         return np.arange(positions)
-    rng = np.random.default_rng(zlib.crc32((site.data.name or "").encode()))
+    rng = np.random.default_rng(positions)
     return np.sort(rng.permutation(positions)[:count])
 
 
