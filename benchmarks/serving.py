@@ -8,8 +8,9 @@ ModelInfer, by a client that sends bytes, and by tritonclient. All are timed in 
 other work, times of calls are mostly those of waiting: so the processor time that the servers take is measured, too,
 with tensors of 1 MB and of 256 bytes.
 
-Joining: 32 callers, one row each, all the time; each model with and without joining, in turns, through gRPC and in the
-engine alone. Answered requests per second.
+Joining: 32 callers, one row each, all the time; each model without joining, joining what has gathered while a session
+was busy, and also letting requests wait 20 ms for others, in turns, through gRPC and in the engine alone. Answered
+requests per second; and rows per run through gRPC, as the server's statistics have it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ MODELS = {
     "mlp 64-64-10": (64, 64, 10),
     "mlp 784-1024-1024-10": (784, 1024, 1024, 10),
     "mlp 784-4096-4096-10": (784, 4096, 4096, 10),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "alone": {},
+    "joined": {"max_batch": CALLERS},
+    "waiting 20 ms": {"max_batch": CALLERS, "queue_delay_ms": 20},
 }
 UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -234,8 +240,12 @@ async def per_second(ask: Callable[[], Awaitable[object]], seconds: float) -> fl
     return count / (time.perf_counter() - start)
 
 
+def named(label: str, way: str) -> str:
+    return f"{label}-{way}".replace(" ", "-")
+
+
 async def joining(folder: Path, address: str, seconds: float) -> dict[str, dict[str, list[float]]]:
-    """Requests per second, by model and by how they were asked."""
+    """Requests per second, by model and by how they were asked; and rows per run."""
     found: dict[str, dict[str, list[float]]] = {}
     engine = Engine(FolderSource(folder))
     async with grpc.aio.insecure_channel(address, options=UNLIMITED) as channel:
@@ -244,16 +254,25 @@ async def joining(folder: Path, address: str, seconds: float) -> dict[str, dict[
             x = np.ones((1, sizes[0]), np.float32)
             rates = found.setdefault(label, {})
             for _ in range(ROUNDS):
-                for joined in ("alone", "joined"):
-                    name = f"{label.replace(' ', '-')}-{joined}"
+                for way in WAYS:
+                    name = named(label, way)
                     await engine.load(name)
                     data = request_of(name, x)
-                    rates.setdefault(f"grpc {joined}", []).append(await per_second(partial(stub, data), seconds))
-                    rates.setdefault(f"engine {joined}", []).append(
+                    rates.setdefault(f"grpc {way}", []).append(await per_second(partial(stub, data), seconds))
+                    rates.setdefault(f"engine {way}", []).append(
                         await per_second(partial(engine.infer, name, {"x": x}), seconds)
                     )
+            for way in WAYS:
+                rates[f"rows {way}"] = [await rows_per_run(channel, named(label, way))]
     await engine.close()
     return found
+
+
+async def rows_per_run(channel: grpc.aio.Channel, name: str) -> float:
+    stub = channel.unary_unary(f"/{SERVICE}/ModelStatistics")
+    answer = await stub(service_pb2.ModelStatisticsRequest(name=name).SerializeToString())
+    (found,) = service_pb2.ModelStatisticsResponse.FromString(answer).model_stats
+    return float(found.inference_count / found.execution_count)
 
 
 def main() -> None:
@@ -268,10 +287,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         times, processor = overhead(Path(one), arguments.seconds)
         for label, sizes in MODELS.items():
-            for joined, options in (("alone", {}), ("joined", {"max_batch": CALLERS})):
-                add(Path(two), f"{label.replace(' ', '-')}-{joined}", mlp(sizes), **options)
+            for way, options in WAYS.items():
+                add(Path(two), named(label, way), mlp(sizes), **options)
         with process("-m", "spa_server.serving", two, "--port", "0") as (address, _):
-            rates = asyncio.run(joining(Path(two), address, arguments.seconds / ROUNDS / 4))
+            rates = asyncio.run(joining(Path(two), address, arguments.seconds / ROUNDS / 6))
     rows = []
     for name, values in times.items():
         low, *_, high = quantiles(values, n=10)
@@ -280,7 +299,16 @@ def main() -> None:
     mine = median(times["server"]) - median(times["bare"])
     print(f"server - bare: {mine:.3f} ms; call - echo - bare: {over_echo(times):.3f} ms\n")
     print(table(["processor time of the server", "ms per call"], [[k, f"{v:.3f}"] for k, v in processor.items()]), "\n")
-    print(table([f"requests per second, {CALLERS} callers", "alone", "joined", "times"], list(ratios(rates))))
+    head = [
+        f"requests per second, {CALLERS} callers",
+        "alone",
+        "joined",
+        "times",
+        "waiting 20 ms",
+        "times",
+        "rows per run",
+    ]
+    print(table(head, list(ratios(rates))))
     write(arguments.json, {"milliseconds": times, "processor_ms": processor, "per_second": rates})
 
 
@@ -291,8 +319,10 @@ def over_echo(times: dict[str, list[float]]) -> float:
 def ratios(rates: dict[str, dict[str, list[float]]]) -> Iterator[list[str]]:
     for label, found in rates.items():
         for where in ("engine", "grpc"):
-            alone, joined = (median(found[f"{where} {kind}"]) for kind in ("alone", "joined"))
-            yield [f"{label}, {where}", f"{alone:.0f}", f"{joined:.0f}", f"{joined / alone:.2f}"]
+            alone, *others = (median(found[f"{where} {way}"]) for way in WAYS)
+            cells = [cell for rate in others for cell in (f"{rate:.0f}", f"{rate / alone:.2f}")]
+            rows = ", ".join(f"{found[f'rows {way}'][0]:.1f}" for way in WAYS) if where == "grpc" else ""
+            yield [f"{label}, {where}", f"{alone:.0f}", *cells, rows]
 
 
 if __name__ == "__main__":

@@ -105,10 +105,15 @@ def read_value(value: Any, kind: Any) -> tuple[bool, Any]:
     if origin is not None and issubclass(origin, Mapping):
         return _mapping(value, get_args(kind)[1])
     if origin is not None and issubclass(origin, Sequence):
-        read = [read_value(item, get_args(kind)[0]) for item in (value if isinstance(value, list | tuple) else [value])]
+        read = [_one_of(item, get_args(kind)[0]) for item in (value if isinstance(value, list | tuple) else [value])]
         items = [item for _, item in read]
         return all(good for good, _ in read), tuple(items) if origin is tuple else items
     return False, None
+
+
+def _one_of(value: Any, kind: Any) -> tuple[bool, Any]:
+    """As `read_value`, for a kind that may have alternatives."""
+    return next((found for member in members(kind) if (found := read_value(value, member))[0]), (False, None))
 
 
 def _number(value: Any) -> tuple[bool, Any]:

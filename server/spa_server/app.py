@@ -23,14 +23,12 @@ from spa_server._generated import (
     account_pb2,
     account_pb2_grpc,
     artifacts_pb2,
-    artifacts_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
     options_pb2,
     uploads_pb2,
-    uploads_pb2_grpc,
 )
 from spa_server.blobs import Blobs
 from spa_server.callers import Callers, current
@@ -44,10 +42,10 @@ from spa_server.logs import Audit
 from spa_server.memory import keep_freed
 from spa_server.names import owner_folder
 from spa_server.owned import OwnedModels
+from spa_server.services import transfers
 from spa_server.services.account import Account
 from spa_server.services.collections import Datasets, Models
 from spa_server.services.jobs import Changes, Jobs
-from spa_server.services.transfers import Artifacts, Incomings
 from spa_server.serving import Engine, Trial
 from spa_server.serving import Limits as ServingLimits
 from spa_server.serving.reflection import Descriptors
@@ -153,13 +151,13 @@ class Server:
             quota_jobs=quotas.open,
         )
         jobs = Jobs(self._database, self.dispatcher, self._changes, quotas.open)
-        artifacts = Artifacts(self._database, self._blobs)
+        incomings = transfers.Incomings(self.uploads)
+        artifacts = transfers.Artifacts(self._database, self._blobs)
         account_pb2_grpc.add_AccountServiceServicer_to_server(account, self._grpc)
-        uploads_pb2_grpc.add_UploadServiceServicer_to_server(Incomings(self.uploads), self._grpc)
+        transfers.add_to_server(self._grpc, incomings, artifacts)
         models_pb2_grpc.add_ModelServiceServicer_to_server(Models(self._database, limits.files), self._grpc)
         models_pb2_grpc.add_DatasetServiceServicer_to_server(Datasets(self._database, limits.files), self._grpc)
         jobs_pb2_grpc.add_JobServiceServicer_to_server(jobs, self._grpc)
-        artifacts_pb2_grpc.add_ArtifactServiceServicer_to_server(artifacts, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         names = [service.full_name for module in FILES for service in module.DESCRIPTOR.services_by_name.values()]
         if self._config.serving.enabled:

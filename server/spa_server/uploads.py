@@ -15,12 +15,16 @@ import grpc
 
 from spa_server.blobs import PIECE, Blobs
 from spa_server.database import Database, contents
+from spa_server.disk import begin_writing
 from spa_server.errors import Refusal, exhausted, invalid
 from spa_server.names import owner_folder
+from spa_server.varints import Buffer
 
 __all__ = ["Incoming", "Uploads", "check_sha256"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIRTY = 8 << 20
+"""Bytes that wait in memory for the disk before it is told to begin."""
 
 
 def check_sha256(text: str, field: str = "sha256") -> str:
@@ -132,14 +136,14 @@ class Incoming:
     ) -> None:
         self._uploads, self._part, self._owner, self._sha256, self._size = uploads, part, owner, sha256, size
         self._file = file
-        self._have = have
+        self._have = self._told = have
         self._hash = hashlib.sha256()
         if have:
             with open(part, "rb") as old:
                 while piece := old.read(PIECE):
                     self._hash.update(piece)
 
-    def write(self, pieces: Iterable[bytes]) -> None:
+    def write(self, pieces: Iterable[Buffer]) -> None:
         """Add bytes. Raises: Refusal if there are more than was said."""
         for data in pieces:
             if self._have + len(data) > self._size:
@@ -147,6 +151,9 @@ class Incoming:
             self._file.write(data)
             self._hash.update(data)
             self._have += len(data)
+        if self._have - self._told >= _DIRTY:
+            begin_writing(self._file.fileno(), self._told, self._have - self._told)
+            self._told = self._have
 
     def finish(self) -> None:
         """All bytes are there: check and store them. Raises: Refusal if they are not, or are other ones."""

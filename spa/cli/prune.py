@@ -163,8 +163,6 @@ def prune(
         output.warn(check_installation())
     if no_latency and report is None:
         raise UsageError("--no-latency is about the page of --report: give --report PAGE.html, or leave it out")
-    if server is not None and allow_io:
-        raise UsageError("--allow-io is for local runs: leave out --server")
     if server is not None:
         from spa.cli.remote import far
 

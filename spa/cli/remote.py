@@ -214,7 +214,9 @@ def connected(server: str | None) -> Client:
 def _connected(login: Any) -> Client:
     with server_extra():
         from spa_server.client import Client
+        from spa_server.memory import keep_freed
 
+    keep_freed()  # this process does nothing else: files come and go in pieces of a megabyte
     return Client(login.server, token=login.token, ca=login.ca, certificate=login.certificate, key=login.key)
 
 
@@ -240,7 +242,10 @@ def far(server: str, *, analysis: bool, quiet: bool) -> Callable[..., Result]:
 
         with connected(server) as client:
             result = work(client, model, told=told, **options)
-        return replace(result, analysis=analyze(model, dims=options.get("dims"))) if analysis else result
+        if not analysis:
+            return result
+        again = analyze(model, dims=options.get("dims"), allow_io=options.get("allow_io", ()))
+        return replace(result, analysis=again)
 
     return run
 

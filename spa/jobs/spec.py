@@ -142,6 +142,8 @@ class PruneSpec(_Query):
     """What the target `metric-drop` is about."""
     minimise: Literal["macs", "params", "size", "latency"] | None = None
     """What the smallest model that a metric allows is smallest in."""
+    allow_io: tuple[str, ...] = ()
+    """Shell patterns: inputs and outputs of the graph whose shapes may change, as those of a KV cache."""
 
 
 @dataclass(frozen=True)

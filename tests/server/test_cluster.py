@@ -190,7 +190,7 @@ def test_two_servers_one_is_killed(cluster: RayCluster, model: Path, tmp_path: P
     with second.client() as client:
         name = client.push_model(model).name
         names = [client.submit(InspectSpec(name)).name for _ in range(6)]
-        until(lambda: sum(client.job(job).state == jobs_pb2.JOB_STATE_SUCCEEDED for job in names) >= 2, 60)
+        until(lambda: sum(client.job(job).state == jobs_pb2.JOB_STATE_SUCCEEDED for job in names) >= 2, 300)
         first.kill()
         done = [client.wait(job) for job in names]
         assert {job.files[0].sha256 for job in done} == {done[0].files[0].sha256}

@@ -6,12 +6,20 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
+import onnx
 import pytest
 
+from spa.cli import main
+from spa.cli.prune import prune
+from spa.errors import UsageError
+from spa.typed import members
 from spa_server.client.login import file
+from spa_server.client.work import specified
 from tests.command_line import Ran
 from tests.server.running import Running
+from tests.small_models import cached
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +58,57 @@ def test_pruning_far_away_looks_like_pruning_here(
             body.pop(key)
     assert mine == other
     assert sorted(path.name for path in there.iterdir()) == ["out.onnx", "plan.json"]
+
+
+def test_a_cache_may_shrink_far_away_too(server: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "cached.onnx"
+    onnx.save(cached(), model)
+    options = ("--target", "params=0.8", "--align", "1", "--allow-io", "past.*", "--allow-io", "present.*", "--json")
+    told = []
+    for name, where in (("here", ()), ("there", ("--server", server.address))):
+        (tmp_path / name).mkdir()
+        paths = ("-o", tmp_path / name / "out.onnx", "--report", tmp_path / name / "page.html", "--no-latency")
+        ran = Ran(capsys, "prune", model, *paths, *options, *where)
+        assert ran.status == 0, ran.err
+        told.append(ran.json())
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert (here / "out.onnx").read_bytes() == (there / "out.onnx").read_bytes()
+    assert told[0]["border"]
+    assert told[0]["border"] == told[1]["border"]
+    sizes = [d.dim_value for d in onnx.load(there / "out.onnx").graph.input[1].type.tensor_type.shape.dim]
+    assert 0 < sizes[2] < 16
+
+
+_TOLD = {"context", "plan", "report", "no_latency", "server", "json", "verbose", "no_cache"}
+"""Parameters of `spa prune` about what is told of the result and where, and about this machine."""
+
+
+def test_servers_know_all_options_of_pruning(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the command hands to the function that does the work here, it hands to the one that lets a server."""
+    values: dict[str, object] = {"out": tmp_path / "out.onnx", "target": "macs=0.9", "dim": "n=3"}
+    arguments = [str(model)]
+    for name, hint in get_type_hints(prune, include_extras=True).items():
+        if name in _TOLD | {"model", "return"}:
+            continue
+        kind, option = get_args(hint)[:2]
+        texts = [text for text in (option.default, *(option.param_decls or ())) if str(text).startswith("--")]
+        flag = texts[0] if texts else f"--{name.replace('_', '-')}"
+        choices = [choice for member in members(kind) for choice in get_args(member) if isinstance(choice, str)]
+        arguments += [flag] if kind is bool else [flag, str(values.get(name, choices[-1] if choices else "7"))]
+    seen: list[dict[str, Any]] = []
+
+    def note(source: Path, **options: Any) -> None:
+        seen.append(options)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("spa.pipeline.prune", note)
+    monkeypatch.setattr("spa.cli.remote.far", lambda *_, **__: note)
+    for where in ([], ["--server", "127.0.0.1:9"]):
+        assert main(["prune", *arguments, *where]) == UsageError.exit_status
+    here, there = ({k: v for k, v in options.items() if k not in ("progress", "reached")} for options in seen)
+    assert here == there
+    spec = specified(model, "out.onnx", there)
+    assert {name for name in there if getattr(spec, name, None) in (None, ())} == {"output", "cache"}
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ class InspectSpec(_message.Message):
     def __init__(self, model: _Optional[str] = ..., dims: _Optional[_Mapping[str, int]] = ..., page: _Optional[bool] = ...) -> None: ...
 
 class PruneSpec(_message.Message):
-    __slots__ = ("method", "criterion", "aggregation", "normalisation", "allocation", "compensate", "recalibrate", "calibration", "samples", "batch", "preprocess", "tokenizer", "max_length", "loss", "memory", "provider", "latency_table", "threads", "batch_size", "scope", "kinds", "ignore", "align", "min_keep", "seed", "dims", "inputs", "model", "target", "output_name", "steps", "check", "page", "evaluate", "metric", "minimise")
+    __slots__ = ("method", "criterion", "aggregation", "normalisation", "allocation", "compensate", "recalibrate", "calibration", "samples", "batch", "preprocess", "tokenizer", "max_length", "loss", "memory", "provider", "latency_table", "threads", "batch_size", "scope", "kinds", "ignore", "align", "min_keep", "seed", "dims", "inputs", "model", "target", "output_name", "steps", "check", "page", "evaluate", "metric", "minimise", "allow_io")
     class DimsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class PruneSpec(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     METRIC_FIELD_NUMBER: _ClassVar[int]
     MINIMISE_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_IO_FIELD_NUMBER: _ClassVar[int]
     method: str
     criterion: str
     aggregation: str
@@ -104,7 +105,8 @@ class PruneSpec(_message.Message):
     evaluate: str
     metric: str
     minimise: str
-    def __init__(self, method: _Optional[str] = ..., criterion: _Optional[str] = ..., aggregation: _Optional[str] = ..., normalisation: _Optional[str] = ..., allocation: _Optional[str] = ..., compensate: _Optional[str] = ..., recalibrate: _Optional[str] = ..., calibration: _Optional[str] = ..., samples: _Optional[int] = ..., batch: _Optional[int] = ..., preprocess: _Optional[str] = ..., tokenizer: _Optional[str] = ..., max_length: _Optional[int] = ..., loss: _Optional[str] = ..., memory: _Optional[str] = ..., provider: _Optional[str] = ..., latency_table: _Optional[str] = ..., threads: _Optional[int] = ..., batch_size: _Optional[int] = ..., scope: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., ignore: _Optional[_Iterable[str]] = ..., align: _Optional[str] = ..., min_keep: _Optional[str] = ..., seed: _Optional[int] = ..., dims: _Optional[_Mapping[str, int]] = ..., inputs: _Optional[str] = ..., model: _Optional[str] = ..., target: _Optional[_Iterable[str]] = ..., output_name: _Optional[str] = ..., steps: _Optional[int] = ..., check: _Optional[bool] = ..., page: _Optional[bool] = ..., evaluate: _Optional[str] = ..., metric: _Optional[str] = ..., minimise: _Optional[str] = ...) -> None: ...
+    allow_io: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, method: _Optional[str] = ..., criterion: _Optional[str] = ..., aggregation: _Optional[str] = ..., normalisation: _Optional[str] = ..., allocation: _Optional[str] = ..., compensate: _Optional[str] = ..., recalibrate: _Optional[str] = ..., calibration: _Optional[str] = ..., samples: _Optional[int] = ..., batch: _Optional[int] = ..., preprocess: _Optional[str] = ..., tokenizer: _Optional[str] = ..., max_length: _Optional[int] = ..., loss: _Optional[str] = ..., memory: _Optional[str] = ..., provider: _Optional[str] = ..., latency_table: _Optional[str] = ..., threads: _Optional[int] = ..., batch_size: _Optional[int] = ..., scope: _Optional[str] = ..., kinds: _Optional[_Iterable[str]] = ..., ignore: _Optional[_Iterable[str]] = ..., align: _Optional[str] = ..., min_keep: _Optional[str] = ..., seed: _Optional[int] = ..., dims: _Optional[_Mapping[str, int]] = ..., inputs: _Optional[str] = ..., model: _Optional[str] = ..., target: _Optional[_Iterable[str]] = ..., output_name: _Optional[str] = ..., steps: _Optional[int] = ..., check: _Optional[bool] = ..., page: _Optional[bool] = ..., evaluate: _Optional[str] = ..., metric: _Optional[str] = ..., minimise: _Optional[str] = ..., allow_io: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FrontierSpec(_message.Message):
     __slots__ = ("method", "criterion", "aggregation", "normalisation", "allocation", "compensate", "recalibrate", "calibration", "samples", "batch", "preprocess", "tokenizer", "max_length", "loss", "memory", "provider", "latency_table", "threads", "batch_size", "scope", "kinds", "ignore", "align", "min_keep", "seed", "dims", "inputs", "model", "shares", "minimise", "metric", "evaluate", "refit", "page")

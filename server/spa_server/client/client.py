@@ -26,16 +26,14 @@ from spa.progress import Progress, silent
 from spa_server._generated import (
     account_pb2,
     account_pb2_grpc,
-    artifacts_pb2_grpc,
     jobs_pb2,
     jobs_pb2_grpc,
     models_pb2,
     models_pb2_grpc,
-    uploads_pb2_grpc,
 )
 from spa_server.client.failures import error_of, is_passing, job_error
 from spa_server.client.files import files_below, files_of_model
-from spa_server.client.transfers import download, hashed, upload
+from spa_server.client.transfers import Transfers, hashed
 from spa_server.config import listener
 from spa_server.messages import spec_message
 
@@ -89,11 +87,10 @@ class Client:
             channel = grpc.intercept_channel(channel, _Bearer(token))
         self._calling = channel
         self._account = account_pb2_grpc.AccountServiceStub(channel)
-        self._uploads = uploads_pb2_grpc.UploadServiceStub(channel)
+        self._transfers = Transfers(channel)
         self._models = models_pb2_grpc.ModelServiceStub(channel)
         self._datasets = models_pb2_grpc.DatasetServiceStub(channel)
         self._jobs = jobs_pb2_grpc.JobServiceStub(channel)
-        self._artifacts = artifacts_pb2_grpc.ArtifactServiceStub(channel)
         self._piece = 0
 
     def __enter__(self) -> Self:
@@ -290,7 +287,7 @@ class Client:
             except OSError as error:
                 raise OutputError(f"{place.parent}: cannot be made ({error.strerror})") from error
             with self._told():
-                download(self._artifacts, name, files[path], place, progress)
+                self._transfers.download(name, files[path], place, progress)
             out.append(place)
         return out
 
@@ -300,7 +297,7 @@ class Client:
         for name, path in files:
             sha256, size = hashed(path, progress)
             with self._told():
-                upload(self._uploads, path, sha256, size, self._piece, progress)
+                self._transfers.upload(path, sha256, size, self._piece, progress)
             out.append(models_pb2.File(path=name, sha256=sha256))
         return out
 

@@ -10,18 +10,18 @@ from typing import BinaryIO, TypeAlias
 import grpc
 
 from spa_server._generated import artifacts_pb2 as out_pb
-from spa_server._generated import artifacts_pb2_grpc as out_rpc
 from spa_server._generated import uploads_pb2 as in_pb
-from spa_server._generated import uploads_pb2_grpc as in_rpc
 from spa_server.blobs import PIECE, Blobs
 from spa_server.callers import current
 from spa_server.database import Database, collections, jobs
 from spa_server.errors import invalid, not_found
 from spa_server.held import StoredFile
 from spa_server.messages import file_message
+from spa_server.pieces import reader, writer
 from spa_server.uploads import Uploads
+from spa_server.varints import Buffer
 
-__all__ = ["Artifacts", "Incomings"]
+__all__ = ["Artifacts", "Incomings", "add_to_server"]
 
 Context: TypeAlias = grpc.aio.ServicerContext
 _AT_ONCE = 4 * PIECE
@@ -29,7 +29,28 @@ _AT_ONCE = 4 * PIECE
 _MOST_PIECES = 256
 
 
-class Incomings(in_rpc.UploadServiceServicer):
+def add_to_server(server: grpc.aio.Server, incomings: Incomings, artifacts: Artifacts) -> None:
+    """Let `server` take and send files: as the generated functions would, but pieces are no messages."""
+    taking = {
+        "GetUpload": grpc.unary_unary_rpc_method_handler(
+            incomings.GetUpload, in_pb.GetUploadRequest.FromString, in_pb.GetUploadResponse.SerializeToString
+        ),
+        "Upload": grpc.stream_unary_rpc_method_handler(
+            incomings.Upload, reader(in_pb.UploadRequest), in_pb.UploadResponse.SerializeToString
+        ),
+    }
+    sending = {
+        "Download": grpc.unary_stream_rpc_method_handler(
+            artifacts.Download, out_pb.DownloadRequest.FromString, writer(out_pb.DownloadResponse)
+        )
+    }
+    for file, handlers in ((in_pb, taking), (out_pb, sending)):
+        (service,) = file.DESCRIPTOR.services_by_name.values()
+        assert set(handlers) == set(service.methods_by_name)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service.full_name, handlers),))
+
+
+class Incomings:
     """spa.v1.UploadService."""
 
     def __init__(self, uploads: Uploads) -> None:
@@ -40,25 +61,27 @@ class Incomings(in_rpc.UploadServiceServicer):
         offset, complete = await asyncio.to_thread(self._uploads.offset, current().owner, request.sha256)
         return in_pb.GetUploadResponse(offset=offset, complete=complete)
 
-    async def Upload(self, requests: AsyncIterator[in_pb.UploadRequest], context: Context) -> in_pb.UploadResponse:
+    async def Upload(
+        self, requests: AsyncIterator[in_pb.UploadRequest | memoryview], context: Context
+    ) -> in_pb.UploadResponse:
         """See the proto."""
         first = await anext(requests, None)
-        if first is None or first.WhichOneof("part") != "header":
+        if not isinstance(first, in_pb.UploadRequest) or first.WhichOneof("part") != "header":
             raise invalid("header", "header: must be the first message")
         header = first.header
         with ExitStack() as stack:
             receive = self._uploads.receive(current().owner, header.sha256, header.size, header.offset)
             incoming = await asyncio.to_thread(stack.enter_context, receive)
             writing: asyncio.Task[None] | None = None  # of some pieces, while the next ones come
-            pieces, gathered = list[bytes](), 0
+            pieces, gathered = list[memoryview](), 0
             try:
-                async for request in requests:
-                    if request.WhichOneof("part") != "data":
+                async for data in requests:
+                    if not isinstance(data, memoryview):
                         raise invalid("data", "data: must be in all messages but the first")
-                    if not request.data:  # nothing but a place in memory
+                    if not data:  # nothing but a place in memory
                         continue
-                    pieces.append(request.data)
-                    gathered += len(request.data)
+                    pieces.append(data)
+                    gathered += len(data)
                     if gathered >= _AT_ONCE or len(pieces) >= _MOST_PIECES:
                         if writing is not None:
                             await writing
@@ -67,12 +90,12 @@ class Incomings(in_rpc.UploadServiceServicer):
             finally:
                 if writing is not None:
                     await asyncio.shield(writing)
-                incoming.write(pieces)
+                await asyncio.shield(asyncio.to_thread(incoming.write, pieces))
             await asyncio.to_thread(incoming.finish)
         return in_pb.UploadResponse(sha256=header.sha256, size=header.size)
 
 
-class Artifacts(out_rpc.ArtifactServiceServicer):
+class Artifacts:
     """spa.v1.ArtifactService."""
 
     def __init__(self, database: Database, blobs: Blobs) -> None:
@@ -80,7 +103,7 @@ class Artifacts(out_rpc.ArtifactServiceServicer):
 
     async def Download(
         self, request: out_pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[out_pb.DownloadResponse]:
+    ) -> AsyncIterator[out_pb.DownloadResponse | Buffer]:
         """See the proto."""
         file = await asyncio.to_thread(self._file, current().owner, request.parent, request.path)
         if not 0 <= request.offset <= file.size or request.limit < 0:
@@ -94,8 +117,9 @@ class Artifacts(out_rpc.ArtifactServiceServicer):
                 while data := await reading:
                     left -= len(data)
                     reading = asyncio.create_task(asyncio.to_thread(source.read, min(_AT_ONCE, left)))
+                    view = memoryview(data)
                     for start in range(0, len(data), PIECE):
-                        yield out_pb.DownloadResponse(data=data[start : start + PIECE])
+                        yield view[start : start + PIECE]
             finally:
                 await asyncio.shield(reading)
 

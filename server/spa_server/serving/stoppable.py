@@ -16,6 +16,8 @@ class StoppableSession:
 
     def __init__(self, session: Session) -> None:
         self._session: Any = session
+        # ONNX Runtime makes these lists anew for whoever asks, and each run asks
+        self._inputs, self._outputs = list(session.get_inputs()), list(session.get_outputs())
         self._new_options: Callable[[], Any] = importlib.import_module("onnxruntime").RunOptions
         self._options = self._new_options()
 
@@ -35,13 +37,11 @@ class StoppableSession:
 
     def get_inputs(self) -> Sequence[NodeArg]:
         """Graph inputs."""
-        found: Sequence[NodeArg] = self._session.get_inputs()
-        return found
+        return self._inputs
 
     def get_outputs(self) -> Sequence[NodeArg]:
         """Graph outputs."""
-        found: Sequence[NodeArg] = self._session.get_outputs()
-        return found
+        return self._outputs
 
     def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array]) -> list[Any]:
         """Compute outputs from numpy arrays."""

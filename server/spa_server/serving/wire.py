@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from spa_server._generated_inference import service_pb2
+from spa_server.varints import Buffer, bytes_tag, prefix, varint
 
-__all__ = ["Buffer", "InferCall", "InferReply", "parse_call", "write_reply", "write_stream_reply"]
+__all__ = ["InferCall", "InferReply", "parse_call", "write_reply", "write_stream_reply"]
 
-Buffer: TypeAlias = "bytes | memoryview"
-
-_RAW_INPUT = service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER << 3 | 2
-_RAW_OUTPUT = service_pb2.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER << 3 | 2
-_INFER_RESPONSE = service_pb2.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER << 3 | 2
+_RAW_INPUT = bytes_tag(service_pb2.ModelInferRequest.RAW_INPUT_CONTENTS_FIELD_NUMBER)
+_RAW_OUTPUT = bytes_tag(service_pb2.ModelInferResponse.RAW_OUTPUT_CONTENTS_FIELD_NUMBER)
+_INFER_RESPONSE = bytes_tag(service_pb2.ModelStreamInferResponse.INFER_RESPONSE_FIELD_NUMBER)
 _MOST_FIELDS = 256
 """A message of more fields is left to protobuf, which is faster at many small ones."""
 
@@ -67,13 +65,13 @@ def write_stream_reply(reply: InferReply | service_pb2.ModelStreamInferResponse)
         whole: bytes = reply.SerializeToString()
         return whole
     pieces = _pieces(reply)
-    return b"".join((_prefix(_INFER_RESPONSE, sum(map(len, pieces))), *pieces))
+    return b"".join((prefix(_INFER_RESPONSE, sum(map(len, pieces))), *pieces))
 
 
 def _pieces(reply: InferReply) -> list[Buffer]:
     pieces: list[Buffer] = [reply.message.SerializeToString()]
     for buffer in reply.raw:
-        pieces += (_prefix(_RAW_OUTPUT, len(buffer)), buffer)
+        pieces += (prefix(_RAW_OUTPUT, len(buffer)), buffer)
     return pieces
 
 
@@ -88,11 +86,11 @@ def _cut(data: bytes) -> tuple[bytes, list[memoryview]] | None:
             rest.append(view[kept:])
             return b"".join(rest), tensors
         start = at
-        tag, at = _varint(data, at)
+        tag, at = varint(data, at)
         if tag & 7 == 0:
-            _, at = _varint(data, at)
+            _, at = varint(data, at)
         elif tag & 7 == 2:
-            length, at = _varint(data, at)
+            length, at = varint(data, at)
             if tag == _RAW_INPUT:
                 rest.append(view[kept:start])
                 tensors.append(view[at : at + length])
@@ -103,25 +101,3 @@ def _cut(data: bytes) -> tuple[bytes, list[memoryview]] | None:
         if at > end:
             return None
     return None
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at a place, and where it ends: behind the data if it is cut off or too long."""
-    value = shift = 0
-    while at < len(data) and shift < 64:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7
-    return 0, len(data) + 1
-
-
-def _prefix(tag: int, length: int) -> bytes:
-    out = bytearray((tag,))
-    while length > 127:
-        out.append(length & 127 | 128)
-        length >>= 7
-    out.append(length)
-    return bytes(out)
