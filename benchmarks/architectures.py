@@ -26,7 +26,7 @@ from typing import Any
 import measure  # noqa: F401  # makes `benchmarks` importable
 from networks import module
 
-from benchmarks import sequence_networks, small_networks
+from benchmarks import deformable, sequence_networks, small_networks
 from benchmarks.torch_modules import lazy_torch
 
 EXPORTERS = {"torchscript": "ts", "dynamo": "dy"}
@@ -46,6 +46,8 @@ class Family:
     """Example inputs."""
     fixed: bool = False
     """All sizes are fixed in the file: the batch, too."""
+    opset: int = 0
+    """At least, where the exporter's own (`OPSETS`) lacks an operator."""
 
 
 def _image(*size: int) -> Callable[[], tuple[Any, ...]]:
@@ -98,6 +100,7 @@ _LM: Mapping[str, Any] = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 _GQA: Mapping[str, Any] = {**_LM, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_EXPERTS: Mapping[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 96}
 _SWIN: Mapping[str, Any] = {
     "image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
 }  # fmt: skip
@@ -139,6 +142,7 @@ def _clip() -> Any:
 
 FAMILIES: dict[str, Family] = {
     **{name: Family(title, build, _image(*size), fixed) for name, title, build, size, fixed in small_networks.NETWORKS},
+    "deformable": Family("Deformable convolution", deformable.deformable, _image(3, 32, 32), opset=deformable.OPSET),
     "lstm": Family("LSTM", sequence_networks.lstm, _tokens()),
     "gru": Family("GRU", sequence_networks.gru, _tokens()),
     "gcn": Family("GCN", sequence_networks.gcn, lambda: (lazy_torch().randn(2, 10, 12), lazy_torch().rand(2, 10, 10))),
@@ -240,6 +244,30 @@ FAMILIES: dict[str, Family] = {
         _language("MixtralForCausalLM", "MixtralConfig", **_GQA, num_local_experts=4, num_experts_per_tok=2),
         _masked(),
     ),
+    "qwen3-moe": Family(
+        "Qwen 3 MoE: QK norm, experts",
+        _language("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **_GQA, **_EXPERTS, head_dim=16, num_experts=6),
+        _masked(),
+    ),
+    "deepseek-v3": Family(
+        "DeepSeek V3: latent attention, experts",
+        _language(
+            "DeepseekV3ForCausalLM",
+            "DeepseekV3Config",
+            **{**_GQA, "num_key_value_heads": 4},
+            **_EXPERTS,
+            n_routed_experts=6,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=1,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        ),
+        _masked(),
+    ),
     "t5": Family(
         "T5: encoder, decoder, cross attention",
         _hf(
@@ -301,7 +329,7 @@ FAMILIES: dict[str, Family] = {
 """Name -> family."""
 
 
-def _dynamo(net: Any, inputs: tuple[Any, ...], names: list[str], path: Path, fixed: bool) -> None:
+def _dynamo(net: Any, inputs: tuple[Any, ...], names: list[str], path: Path, fixed: bool, opset: int) -> None:
     torch = lazy_torch()
     batch = torch.export.Dim("batch", min=1, max=64)
     shapes = tuple({} if fixed else {0: batch} for _ in inputs)
@@ -312,7 +340,7 @@ def _dynamo(net: Any, inputs: tuple[Any, ...], names: list[str], path: Path, fix
         inputs,
         None,
         dynamo=True,
-        opset_version=OPSETS["dynamo"],
+        opset_version=opset,
         input_names=names,
         dynamic_shapes=(shapes,) if nested else shapes,
         verbose=False,
@@ -329,21 +357,24 @@ def export(name: str, path: Path, exporter: str) -> None:
     torch.manual_seed(0)
     net, inputs = module(family.build), family.inputs()
     names = [f"in{k}" for k in range(len(inputs))]
+    opset = max(OPSETS[exporter], family.opset)
     draft = path.with_suffix(".draft")
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         wanted = net(*inputs)
         if exporter == "dynamo":
             try:
-                _dynamo(net, inputs, names, draft, family.fixed)
+                _dynamo(net, inputs, names, draft, family.fixed, opset)
             except Exception:  # exporters raise anything; what fails again is raised
                 if family.fixed:
                     raise
-                _dynamo(net, inputs, names, draft, True)  # some modules are only exported for one size of the batch
+                _dynamo(
+                    net, inputs, names, draft, True, opset
+                )  # some modules are only exported for one size of the batch
         else:
             axes = {} if family.fixed else {n: {0: "batch"} for n in names}
             torch.onnx.export(
-                net, inputs, str(draft), dynamo=False, opset_version=OPSETS[exporter], input_names=names,
+                net, inputs, str(draft), dynamo=False, opset_version=opset, input_names=names,
                 dynamic_axes=axes,
             )  # fmt: skip
     outputs = wanted if isinstance(wanted, (tuple, list)) else (wanted,)

@@ -159,8 +159,11 @@ plan, where all that left was exact; *largest frozen part* is an axis that nothi
 What Torch-Pruning makes of the same layers stands in [cross-check.md](cross-check.md); a page per family in the
 [gallery](gallery/README.md).
 
-Not there: whole experts of a mixture do not leave (the axis that a softmax or TopK runs over is frozen); neurons inside
-experts do. Caches of keys and values keep their shapes here, with them the heads' sizes; `--allow-io` lets both shrink.
+Whole experts of a mixture leave where the router's choice is followed to stacked weights
+([concepts](concepts.md#experts)); not there: experts in groups of which the best are chosen first (DeepSeek V3 with
+`n_group` above 1), loops over experts, and lists of experts whose outputs are stacked. Neurons inside experts leave in
+all of these. Caches of keys and values keep their shapes here, with them the heads' sizes; `--allow-io` lets both
+shrink.
 """
 _RECORDED = """Files that TensorFlow, Keras, JAX, PaddlePaddle, scikit-learn, converters and quantisers wrote over the
 years. They are not part of the project; `--zoo` names their folder."""

@@ -129,6 +129,10 @@ class Axes:
         self.mentioned.add(axis)
         self._freezes.append((axis, reason))
 
+    def free(self, axis: Axis, reason: Reason) -> None:
+        """Take back that `axis` was frozen for `reason`."""
+        self._freezes.remove((axis, reason))
+
     def same(self, a: Axis, b: Axis) -> None:
         """`a` and `b` are one index space; axes of different sizes are frozen instead."""
         self.mentioned.update((a, b))
@@ -153,6 +157,11 @@ class Axes:
                 self._unify_mixed(a, b, pending)
             else:
                 self._unify_mixed(b, a, pending)
+
+    def whole(self, axis: Axis) -> Axis | None:
+        """A name for the index space of `axis` as the relations stated so far have it; None if it is made of others."""
+        root = self._find(axis)
+        return root if self._kind[root] == LEAF else None
 
     # -- unification -------------------------------------------------------------------------------------------------
 

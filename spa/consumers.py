@@ -19,7 +19,7 @@ Index = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Tap:
-    """An activation that carries units to where they are summed over."""
+    """An activation that carries units to where they are summed over, or chosen between."""
 
     value: ir.Value
     axis: int
@@ -59,13 +59,14 @@ class Tap:
 def taps(analysis: Analysis, groups: Sequence[Group], sites: Sequence[Site]) -> Mapping[str, list[Tap]]:
     """Per group (by name) the activations of the main graph that carry it into a sum, in execution order.
 
-    An operator that only passes a unit on is none of them; a weight is none.
+    An operator that only passes a unit on is none of them; a weight is none. Of experts it is the shares that they
+    get; logits say nothing, as they may be large and negative.
     """
     by_node = {site.node: site for site in sites}
     operands: dict[tuple[ir.Node, int], Operand] = {}
     found: dict[tuple[str, ir.Node, int, int], set[int]] = {}
     for flow, op, leaf, owners in sums(analysis, groups):
-        for slot, d in flow.inputs:
+        for slot, d in flow.inputs if flow.leaving == "sum" or _of_shares(flow) else ():
             operand = op.inputs[slot]
             if operand is not None and not operand.constant:
                 operands[op.node, slot] = operand
@@ -84,17 +85,56 @@ def taps(analysis: Analysis, groups: Sequence[Group], sites: Sequence[Site]) -> 
 
 
 def sums(analysis: Analysis, groups: Sequence[Group]) -> Iterator[tuple[Flow, Op, int, list[Group]]]:
-    """Where the main graph sums over units: the flow, its operator, the leaf, and the groups that own it."""
+    """Where the main graph sums over units: the flow, its operator, the leaf, and the groups that own it.
+
+    Experts count where a router chooses from their shares; where it has only logits, in sums if there are any.
+    """
     coupling = analysis.coupling
     ops = {op.node: op for op in coupling.ops if op.node.graph is coupling.model.graph}
     owner: dict[int, list[Group]] = {}
     for group in groups:
         for leaf in group.leaves:
             owner.setdefault(leaf, []).append(group)
-    for flow in coupling.relations.flows:
-        if flow.leaving == "sum" and flow.node in ops:
-            for leaf in set(coupling.solution.leaves(flow.axis)) & owner.keys():
-                yield flow, ops[flow.node], leaf, owner[leaf]
+    flows = [flow for flow in coupling.relations.flows if flow.node in ops]
+    routed = {leaf for flow in flows if flow.leaving == "choice" for leaf in coupling.solution.leaves(flow.axis)}
+    best: dict[int, int] = {}
+    found: list[tuple[int, Flow, int]] = []
+    for flow in flows:
+        for leaf in set(coupling.solution.leaves(flow.axis)) & owner.keys():
+            rank = _worth(flow, leaf in routed)
+            best[leaf] = max(best.get(leaf, 0), rank)
+            found.append((rank, flow, leaf))
+    for rank, flow, leaf in found:
+        if rank and rank == best[leaf]:
+            yield flow, ops[flow.node], leaf, owner[leaf]
+
+
+def _worth(flow: Flow, routed: bool) -> int:
+    """Where to look at units first; 0 for operators that pass them on, share out between them, or only number them."""
+    if flow.leaving == "sum":
+        return 2
+    if not routed or flow.outputs or _numbers_only(flow.node):
+        return 0
+    return 3 if _of_shares(flow) else int(flow.leaving == "choice")
+
+
+def _numbers_only(node: ir.Node) -> bool:
+    """Whether nothing but the numbers of what is chosen is used."""
+    values = node.outputs[0]
+    return node.op_type == "ArgMax" or (node.op_type == "TopK" and not values.uses() and not values.is_graph_output())
+
+
+_SHARES = ("Softmax", "Sigmoid")
+_VIEWS = ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
+
+
+def _of_shares(flow: Flow) -> bool:
+    """Whether an operator reads what a Softmax or Sigmoid gave."""
+    value = flow.node.inputs[flow.inputs[0][0]]
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in _VIEWS and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type in _SHARES
 
 
 def units_along(analysis: Analysis, group: Group, leaves: Iterable[int], dim: Axis) -> Index:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from spa import rules
 from spa.axes import Axes, Axis, Reason, Solution
-from spa.rules import REASONS, Op, Operand, Relations, Rule
+from spa.rules import REASONS, Choice, Op, Operand, Relations, Rule
 from spa.rules.control import handed
 from spa.shapes import Shapes, infer
 
@@ -111,6 +111,7 @@ def couple(model: ir.Model, *, free: Sequence[str] = ()) -> Coupling:
     for value in weights:
         for use in (None, *coupling.shared.get(value, ())):
             coupling.dims(value, use)
+    _settle_choices(coupling)
     _freeze_border(coupling)
     _freeze_homonyms(coupling)
     coupling.solution = coupling.axes.solve()
@@ -165,6 +166,54 @@ def _operand(coupling: Coupling, value: ir.Value | None, use: Use | None) -> Ope
     if shape is None or dims is None:
         return None
     return Operand(value, shape, dims, coupling.shapes.const(value), value in coupling.constants)
+
+
+def _settle_choices(coupling: Coupling) -> None:
+    """What a router chooses from and shares out is free where it is an axis of stacked matrices; elsewhere it stays.
+
+    Attention shares out, too, and classes, tokens and boxes are chosen: there a position is more than its weights.
+    """
+    axes, relations = coupling.axes, coupling.relations
+    stacks = {axes.whole(axis) for axis in _stacked(coupling)} - {None}
+    chosen = [(root, c) for c in relations.choices if (root := axes.whole(c.flow.axis)) in stacks]
+    refused = {root: (c, why) for root, c in chosen if (why := _refusal(coupling, c))}
+    routed = {root for root, c in chosen if c.count}
+    for root, c in chosen:
+        if root in routed:
+            axes.free(c.flow.axis, c.reason)
+    for c, why in refused.values():
+        axes.freeze(c.flow.axis, replace(c.reason, text=f"{c.reason.text}: {why}"))
+    relations.choices = [c for root, c in chosen if root in routed - refused.keys()]
+    relations.flows += [c.flow for c in relations.choices]
+
+
+def _refusal(coupling: Coupling, choice: Choice) -> str:
+    """Why what is not chosen cannot leave; empty if it can."""
+    if isinstance(choice.count, str):
+        return choice.count
+    scores = choice.flow.node.inputs[choice.flow.inputs[0][0]]
+    dtype = coupling.shapes.dtype(scores) if scores is not None else None
+    return "" if dtype is not None and dtype.is_floating_point() else "its scores are no floating-point numbers"
+
+
+_STACKING = {"Gather": False, "GatherND": False, "MatMul": True, "FusedMatMul": True, "Einsum": True, "MoE": True}
+"""Operators that read stacks of matrices; whether an axis of them counts only where activations have it, too."""
+
+
+def _stacked(coupling: Coupling) -> Iterator[Axis]:
+    """Along which axes matrices are stacked: of products with one for each position, or with those looked up."""
+    ops = {op.node: op for op in coupling.ops}
+    for flow in coupling.relations.flows:
+        paired = _STACKING.get(flow.node.op_type)
+        if paired is not None:
+            operands = [(operand, d) for slot, d in flow.inputs if (operand := ops[flow.node].inputs[slot]) is not None]
+            stacks = [x for x, d in operands if x.constant and set(x.shape[:d]) <= {1} and _wide(x) > 2]
+            if stacks and not (paired and all(x.constant for x, _ in operands)):
+                yield flow.axis
+
+
+def _wide(operand: Operand) -> int:
+    return sum(size != 1 for size in operand.shape)
 
 
 def _freeze_border(coupling: Coupling) -> None:

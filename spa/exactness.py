@@ -75,7 +75,9 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
         for leaf in solution.leaves(flow.axis):
             if leaf in out:
                 continue
-            if flow.leaving != "sum":
+            if flow.leaving == "choice":
+                out[leaf] = f"a router's {'shares' if flow.outputs else 'choice'} in {where}"
+            elif flow.leaving != "sum":
                 out[leaf] = f"{flow.leaving} over it in {where}"
             elif not any(leaf in _zeros(coupling, op, rule, slot, zero, poison) for slot, _ in flow.inputs):
                 out[leaf] = f"summed without a zero factor in {where}"

@@ -42,6 +42,8 @@ _SIZES: Mapping[str, str] = {
     "num_key_value_heads": "kv-head",
     "num_local_experts": "expert",
     "num_experts": "expert",
+    "n_routed_experts": "expert",
+    "moe_num_experts": "expert",
     "hidden_size": "hidden",
 }
 """Entry of a config -> kind of the units that it counts, in every layer alike."""
@@ -49,6 +51,8 @@ _ONCE = ("hidden_size",)
 """Entries that count one group for all layers."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tf_model*", "flax_model*", "*.ort")
 """Other files with the weights before pruning."""
+_DENSE = "first_k_dense_replace"
+"""Entry with the number of layers that have no experts."""
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _BESIDE_HEADS = ("num_attention_heads", "num_key_value_heads", "hidden_size")
 """Entries that configs without `head_dim` compute a head's size from."""
@@ -80,8 +84,9 @@ def changed_config(config: Mapping[str, Any], groups: Iterable[GroupRecord]) -> 
     for entry, kind in _SIZES.items():
         size = config.get(entry)
         found = [g for g in records if g.kind == kind and g.units == size]
+        count = 1 if entry in _ONCE else layers - (config.get(_DENSE) or 0) if kind == "expert" else layers
         # where other groups have this size, too, nothing is known
-        if not any(g.removed for g in found) or len(found) != (1 if entry in _ONCE else layers):
+        if not any(g.removed for g in found) or len(found) != count:
             continue
         assert isinstance(size, int)
         said |= {g.name for g in found}

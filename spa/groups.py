@@ -60,6 +60,8 @@ class Group:
     """Parameters saved by the first unit that leaves."""
     unit_macs: float
     """MACs saved by the first unit that leaves."""
+    least: int = 1
+    """Units that must be kept: as many as a router chooses."""
 
     @property
     def units(self) -> int:
@@ -217,9 +219,11 @@ def _groups(
 ) -> list[Group]:
     names: dict[str, int] = {}
     out = []
+    chosen = _chosen(coupling)
     for leaves, positions in _buckets(coupling):
         mine = _joined(m for leaf in leaves for m in members.get(leaf, ()))
-        if len(positions) < 2 or all(m.value in poison for m in mine):
+        least = max(-(-chosen.get(leaf, 1) // n) for leaf, n in leaves.items())
+        if len(positions) <= least or all(m.value in poison for m in mine):
             continue  # nothing to cut, or no weight whose zero would say what was cut
         kind = min((kinds.get(leaf, "other") for leaf in leaves), key=KINDS.index)
         name = _name(mine, kind)
@@ -244,8 +248,18 @@ def _groups(
                 -every["macs"],
                 -one["parameters"],
                 -one["macs"],
+                least,
             )
         )
+    return out
+
+
+def _chosen(coupling: Coupling) -> dict[int, int]:
+    """Leaf -> how many of its positions are chosen at once."""
+    out: dict[int, int] = {}
+    for choice in coupling.relations.choices:
+        for leaf in coupling.solution.leaves(choice.flow.axis):
+            out[leaf] = max(out.get(leaf, 1), int(choice.count))
     return out
 
 

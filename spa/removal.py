@@ -94,6 +94,9 @@ def kept_by(analysis: Analysis, plan: Plan, label: str) -> Mask:
         raise PlanError(f"{label} removes slices that cannot be pruned in this model; make the plan anew")
     if any(not kept[solution.base[leaf] : solution.base[leaf + 1]].any() for leaf in changed_leaves(solution, kept)):
         raise PlanError(f"{label} removes all units of a layer; keep at least one")
+    for group in analysis.groups:
+        if int(kept[group.positions[:, 0]].sum()) < group.least:
+            raise PlanError(f"{label} keeps fewer units of {group.name} than are chosen; keep at least {group.least}")
     if removals(analysis, kept) != plan.removed:
         raise PlanError(f"{label} removes slices that cannot leave alone in this model; make the plan anew")
     return kept

@@ -68,29 +68,29 @@ def curves(
         progress("weigh", 0, len(groups))
         order = sorted((trials.start(group), k) for k, group in enumerate(groups))
         for done, (start, k) in enumerate(order):
-            leaving = [lowest(scores[groups[k].name], share) for share in SHARES]
+            leaving = [lowest(scores[groups[k].name], share, groups[k].least) for share in SHARES]
             errors[str(k)] = np.array([trials.error(groups[k], units, start) for units in leaving])
             progress("weigh", done + 1, len(groups))
         known = errors
         measured.cache.put("sensitivity", measured.data.digest, about, errors)
-    return {g.name: _curve(scores[g.name], known[str(k)]) for k, g in enumerate(groups)}
+    return {g.name: _curve(scores[g.name], known[str(k)], g.least) for k, g in enumerate(groups)}
 
 
 def _digest(scores: Vector) -> str:
     return str(np.argsort(scores, kind="stable").tolist())
 
 
-def lowest(scores: Vector, share: float) -> NDArray[np.int64]:
-    """The least important share of the units: at least one, and not all."""
-    count = min(max(1, round(share * len(scores))), len(scores) - 1)
+def lowest(scores: Vector, share: float, least: int = 1) -> NDArray[np.int64]:
+    """The least important share of the units: at least one, and so that `least` stay."""
+    count = min(max(1, round(share * len(scores))), len(scores) - least)
     return np.sort(np.argsort(scores, kind="stable")[:count])
 
 
-def _curve(scores: Vector, errors: NDArray[np.float64]) -> Vector:
+def _curve(scores: Vector, errors: NDArray[np.float64], least: int) -> Vector:
     """The running sum of the scores, bent so that it meets the errors of the trials (log-linear between them)."""
     loss = np.concatenate([[0.0], np.cumsum(np.maximum(np.sort(scores), 0.0))])
     loss = loss / max(loss[-1], 1e-300)
-    tried = np.array([len(lowest(scores, share)) for share in SHARES])
+    tried = np.array([len(lowest(scores, share, least)) for share in SHARES])
     factors = np.log(np.maximum(errors, 1e-12) / np.maximum(loss[tried], 1e-12))
     factor = np.exp(np.interp(np.arange(len(loss)), tried, factors))
     return np.maximum.accumulate(loss * factor)

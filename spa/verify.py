@@ -2,7 +2,8 @@
 
 Two references. `zeroed` needs no rule: the original model with exactly the slices of the plan set to zero; for exact
 plans. `masked` works for statistic atoms too: removed channels stay alive, and only where an operator sums over them
-(mean, normalise ...) their contribution is masked: zero in sums, survivors only in statistics.
+(mean, normalise ...) their contribution is masked: zero in sums, survivors only in statistics, the lowest value where a
+router chooses.
 """
 
 from __future__ import annotations
@@ -136,11 +137,11 @@ class _Masker:
             leaves = set(self.solution.leaves(flow.axis)) & self.changed
             if not leaves or flow.leaving == "pass" or pinned(self.coupling, flow, self.poison):
                 continue
-            slot = self._float_carrier(flow) if flow.leaving == "sum" else None
+            slot = self._float_carrier(flow) if flow.leaving in ("sum", "choice") else None
             if slot is None:
                 restricted.setdefault(flow.node, set()).update(leaves)
             else:
-                self._zero(flow.node, *slot, leaves)
+                self._mask(flow.node, *slot, leaves, lowest=flow.leaving == "choice")
         for node, leaves in restricted.items():
             self._restrict(node, leaves)
         return self.twin.model
@@ -170,8 +171,8 @@ class _Masker:
             out[span] = self.kept[span]
         return out
 
-    def _zero(self, node: ir.Node, slot: int, d: int, leaves: set[int]) -> None:
-        """Zero the removed positions of one operand of a sum."""
+    def _mask(self, node: ir.Node, slot: int, d: int, leaves: set[int], lowest: bool) -> None:
+        """Zero the removed positions of one operand of a sum; make them the lowest, so that no one chooses them."""
         op = self.by_node[node]
         operand = op.inputs[slot]
         assert operand is not None
@@ -183,14 +184,15 @@ class _Masker:
         assert value is not None
         producer = value.producer()
         tensor = value.const_value if producer is None else tensor_of(producer)
-        if tensor is not None:  # some kernels want their weights constant
+        if tensor is not None and not lowest:  # some kernels want their weights constant
             blank = blanked(tensor, d, np.flatnonzero(~mask))
             twin.replace_input_with(slot, self.twin.constant(blank, f"{value.name}_masked"))
             return
         dtype = self.coupling.shapes.dtype(operand.value) or ir.DataType.FLOAT
         alive = self.twin.constant(ir.tensor(mask.reshape(shape)), "mask")
-        zero = self.twin.constant(ir.Tensor(np.zeros((), dtype.numpy()), dtype=dtype), "zero")
-        twin.replace_input_with(slot, self.twin.after(value, "Where", [alive, value, zero], before=twin))
+        fill = np.array(dtype.min if lowest else 0, dtype.numpy())
+        mask_value = self.twin.constant(ir.Tensor(fill, dtype=dtype), "lowest" if lowest else "zero")
+        twin.replace_input_with(slot, self.twin.after(value, "Where", [alive, value, mask_value], before=twin))
 
     def _restrict(self, node: ir.Node, leaves: set[int]) -> None:
         """Run one operator on the survivors only, and lay its outputs out at full size again."""

@@ -120,14 +120,18 @@ class Law:
                 yield kept
 
     def _without(self, atoms: Sequence[NDArray[np.int64]]) -> Mask:
-        """Remove atoms one after the other, as long as every leaf keeps a position."""
+        """Remove atoms one after the other, as long as every leaf keeps a position, or as many as are chosen."""
         kept = np.ones(self.solution.positions, dtype=bool)
         base = self.solution.base
+        least = np.minimum(np.diff(base), 1)
+        for choice in self.coupling.relations.choices:
+            for leaf in self.solution.leaves(choice.flow.axis):
+                least[leaf] = max(least[leaf], int(choice.count))
         for positions in atoms:
             trial = kept.copy()
             trial[positions] = False
             alive = np.concatenate([[0], np.cumsum(trial)])[base]
-            if ((alive[1:] > alive[:-1]) | (np.diff(base) == 0)).all():
+            if (np.diff(alive) >= least).all():
                 kept = trial
         return kept
 
@@ -224,6 +228,10 @@ class Law:
         for flow in self.coupling.relations.flows:
             leaves = (set(self.solution.leaves(flow.axis)) & changed) - gone
             slots = self._slots(flow)
+            if flow.leaving == "choice" and leaves:
+                for slot, d in flow.inputs:
+                    mask = self.solution.keep(self.op.inputs[slot].dims[d], self._only(kept, leaves))  # type: ignore[union-attr]
+                    np.moveaxis(arrays[names[slot] or ""], d, 0)[~mask] = -1e9
             if flow.leaving != "sum" or not leaves or not slots:
                 continue
             for slot, d in flow.inputs:

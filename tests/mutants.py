@@ -29,6 +29,7 @@ _VERBS: dict[str, type] = {
     "freeze": Op,
     "edit": Op,
     "flow": Op,
+    "choose": Op,
     "remap": Op,
     "pin": Op,
     "same": Axes,

@@ -121,6 +121,25 @@ def attention(seed: int = 0) -> onnx.ModelProto:
     return build(nodes, w, {"x": ["batch", "time", 32]}, {"y": ["batch", "time", 5]})
 
 
+def cached(seed: int = 0) -> onnx.ModelProto:
+    """Attention of one head over new keys and values behind those of a cache, which it gives back."""
+    rng = np.random.default_rng(seed)
+    w = {f"{name}.weight": weight(rng, 16, 16) for name in ("q", "k", "v", "out")}
+    nodes = [helper.make_node("MatMul", ["x", f"{name}.weight"], [name], f"{name}.matmul") for name in ("q", "k", "v")]
+    nodes += [
+        helper.make_node("Concat", ["past.k", "k"], ["present.k"], "keys", axis=1),
+        helper.make_node("Concat", ["past.v", "v"], ["present.v"], "values", axis=1),
+        helper.make_node("Transpose", ["present.k"], ["turned"], "turn", perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "turned"], ["scores"], "scores"),
+        helper.make_node("Softmax", ["scores"], ["shares"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["shares", "present.v"], ["mixed"], "mix"),
+        helper.make_node("MatMul", ["mixed", "out.weight"], ["y"], "out"),
+    ]
+    past, present = ["batch", "past", 16], ["batch", "all", 16]
+    inputs = {"x": ["batch", "time", 16], "past.k": past, "past.v": past}
+    return build(nodes, w, inputs, {"y": ["batch", "time", 16], "present.k": present, "present.v": present})
+
+
 def stuck(seed: int = 0) -> onnx.ModelProto:
     """One matrix between the input and the output: nothing can be pruned."""
     w = {"w": weight(np.random.default_rng(seed), 8, 4)}

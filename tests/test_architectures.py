@@ -17,7 +17,7 @@ from onnx import defs
 from typer.testing import CliRunner
 
 import spa
-from benchmarks import sequence_networks, small_networks
+from benchmarks import deformable, sequence_networks, small_networks
 from spa.cli.app import app
 from spa.errors import TargetError, UsageError
 from spa.pipeline import analyze, apply, verify
@@ -43,17 +43,18 @@ KINDS = {
     "lstm": {"neuron", "hidden"},
     "lora": {"neuron", "head", "qk-dim", "v-dim"},
     "rope-interleaved": {"neuron", "head", "v-dim"},
+    "experts": {"neuron", "expert", "head", "qk-dim", "v-dim"},
     "ssm": {"neuron", "kv-head", "head", "qk-dim", "v-dim"},
 }
 """What must be among the kinds of groups that are found."""
 
 
-def exported(build: Callable[[], Any], inputs: tuple[Any, ...], path: Path, **names: Any) -> Path:
+def exported(build: Callable[[], Any], inputs: tuple[Any, ...], path: Path, opset: int = 17, **names: Any) -> Path:
     torch.manual_seed(0)
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        torch.onnx.export(build().eval(), inputs, buffer, dynamo=False, opset_version=17, **names)
+        torch.onnx.export(build().eval(), inputs, buffer, dynamo=False, opset_version=opset, **names)
     path.write_bytes(buffer.getvalue())
     return path
 
@@ -217,3 +218,23 @@ def test_neurons_of_looked_up_experts_are_neurons(tmp_path: Path) -> None:
     result = spa.prune(model, target="params=0.7", scope="all", align=1, output=tmp_path / "out.onnx")
     assert result.report.verify is not None
     assert result.report.verify.max_rel_error < 1e-5
+
+
+def test_deformable_convolutions_lose_channels(tmp_path: Path) -> None:
+    """The places that a kernel reads come from convolutions over the same channels; how many there are stays."""
+    images = torch.randn(2, 3, 16, 16)
+    model = exported(deformable.deformable, (images,), tmp_path / "model.onnx", deformable.OPSET)
+    graph = onnx.load(str(model)).graph
+    assert sum(node.op_type == "DeformConv" for node in graph.node) == 2
+    torch.manual_seed(0)  # as in `exported`
+    with torch.no_grad():
+        wanted = deformable.deformable().eval()(images).numpy()
+    (got,) = ort.InferenceSession(str(model)).run(None, {graph.input[0].name: images.numpy()})
+    assert np.abs(got - wanted).max() < 1e-5 * np.abs(wanted).max()
+    analysis = analyze(model)
+    assert sorted(group.units for group in analysis.groups) == [24, 32, 48, 64]
+    assert {(group.kind, group.exact) for group in analysis.groups} == {("channel", True)}
+    result = spa.prune(model, target="macs=0.5", output=tmp_path / "out.onnx")
+    assert result.report.verify is not None
+    assert (result.report.verify.exact, result.report.verify.max_rel_error < 1e-5) == (True, True)
+    assert {len(group.removed) > 0 for group in result.plan.groups} == {True}

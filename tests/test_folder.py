@@ -54,6 +54,15 @@ def test_one_number_cannot_say_several_widths(neurons: tuple[int, int]) -> None:
     assert found.unsaid[0].startswith(f"intermediate_size: 2 layers keep {min(neurons)} to {max(neurons)} of 64")
 
 
+def test_layers_without_experts_are_not_counted() -> None:
+    config = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 8, "num_experts_per_tok": 2}
+    routers = [record(f"{k}.router:expert", "expert", 8, 6) for k in (1, 2)]
+    assert changed_config(config, routers).config == config | {"n_routed_experts": 6}
+    found = changed_config(config, [*routers[:1], record("2.router:expert", "expert", 8, 5)])
+    assert (found.config, found.unsaid[0][:41]) == (config, "n_routed_experts: 2 layers keep 5 to 6 of")
+    assert changed_config(config, routers[:1]).changed == {}  # of the other layer nothing is known
+
+
 def test_heads_need_a_size_of_their_own() -> None:
     found = changed_config(BERT, encoder(heads=(2, 2)))
     assert found.config == BERT

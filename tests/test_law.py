@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 
 from spa import rules
-from tests.cases import attention, control, elementwise, linear, movement, norm, quant, recurrent, reduce
+from tests.cases import attention, choice, control, elementwise, linear, movement, norm, quant, recurrent, reduce
 from tests.law import Law
 from tests.subject import Case
 
-FAMILIES = (elementwise, linear, norm, reduce, movement, recurrent, attention, quant, control)
+FAMILIES = (elementwise, linear, norm, reduce, movement, recurrent, attention, quant, control, choice)
 CASES: list[Case] = [c for family in FAMILIES for c in family.CASES]
 
 

@@ -103,7 +103,7 @@ def queue(
     order = np.argsort(scores, kind="stable").tolist()
     if widths is None:
         widths = range(step, group.units, step)
-    stops = [group.units, *sorted((w for w in widths if max(keep, 1) <= w < group.units), reverse=True)]
+    stops = [group.units, *sorted((w for w in widths if max(keep, group.least) <= w < group.units), reverse=True)]
     chunks = [a - b for a, b in itertools.pairwise(stops)]
     starts = np.cumsum([0, *chunks])[:-1]
     ranked = np.asarray(scores, dtype=np.float64)[order[: sum(chunks)]]

@@ -43,8 +43,8 @@ def step_of(group: Group) -> int:
 def widths_of(group: Group) -> list[int]:
     """The widths at which a group is measured, at most `_LEVELS`, largest last."""
     step = step_of(group)
-    few = range(step, group.units, step)
-    chosen = [w for w in few if w >= 0.08 * group.units] or list(few)
+    few = [w for w in range(step, group.units, step) if w >= group.least]
+    chosen = [w for w in few if w >= 0.08 * group.units] or few
     if len(chosen) >= _LEVELS:
         chosen = [chosen[k] for k in np.linspace(0, len(chosen) - 1, _LEVELS - 1).round().astype(int)]
     return [*chosen, group.units]
@@ -74,7 +74,7 @@ def configurations(groups: Sequence[Group], models: int = MODELS, seed: int = 0)
 def _aligned(group: Group, step: int) -> int:
     """A width of this alignment and no better one, where the group is wide enough for a choice."""
     if step_of(group) == 1:
-        return max(1, round(_ALIGNED_AT * group.units))
+        return max(group.least, round(_ALIGNED_AT * group.units))
     while step > 1 and step * 4 > group.units:
         step //= 2
     return _nearest([*range(step, group.units, 2 * step)] or [group.units], _ALIGNED_AT * group.units)

@@ -132,7 +132,7 @@ def _sensitivity(groups: Sequence[Group], curves: Curves, removed: Mapping[str, 
         last = group.units
         if curve is None or len(curve) != last + 1 or last < 2:
             continue  # not tried, or (in steps) what is left of it
-        counts = sorted({len(lowest(curve[1:], share)) for share in SHARES} - {0})
+        counts = sorted({len(lowest(curve[1:], share, group.least)) for share in SHARES} - {0})
         errors = tuple(float(curve[k]) for k in counts)
         out.append(Sensitivity(group.name, group.kind, last, tuple(counts), errors, removed.get(group.name, 0)))
     return tuple(out)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from spa.rules import attention, control, elementwise, linear, movement, norm, quant, recurrent, reduce, reshape
+from spa.rules import attention, choice, control, elementwise, linear, movement, norm, quant, recurrent, reduce, reshape
 from spa.rules.base import (
+    Choice,
     Cost,
     Edit,
     Flow,
@@ -23,6 +24,7 @@ from spa.rules.without import REASONS
 
 __all__ = [
     "REASONS",
+    "Choice",
     "Cost",
     "Edit",
     "Flow",
@@ -35,6 +37,7 @@ __all__ = [
     "Rule",
     "Zero",
     "attention",
+    "choice",
     "control",
     "elementwise",
     "linear",

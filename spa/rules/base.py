@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from spa.axes import Axes, Axis, Reason
 from spa.symbols import Size
 
-Leaving = Literal["pass", "sum", "mean", "stat"]
-"""How an index leaves an operator: passed on, contracted by addition, by a mean, or met by a statistic."""
+Leaving = Literal["pass", "sum", "mean", "stat", "choice"]
+"""How an index leaves an operator: passed on, contracted by addition, by a mean, met by a statistic, or not chosen."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,17 @@ class Cost:
     axes: tuple[Axis, ...]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """An axis that a node chooses from, or shares out: a position may only leave as one that is never chosen."""
+
+    flow: Flow
+    count: int | str
+    """How many are chosen; 0 where all get a share; a sentence where one that is not chosen cannot leave."""
+    reason: Reason
+    """Why the axis is frozen until it proves to be one of experts."""
+
+
 @dataclass
 class Relations:
     """Everything the rules said about a graph, besides the relations in `Axes`."""
@@ -99,6 +110,8 @@ class Relations:
     remaps: list[Remap] = field(default_factory=list)
     pins: list[Pin] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    """As rules stated them; once a graph is coupled, those whose positions may leave."""
 
 
 class Op:
@@ -161,6 +174,16 @@ class Op:
         """Record what this node does with `axis`."""
         self.axes.mentioned.add(axis)
         self.relations.flows.append(Flow(self.node, axis, leaving, tuple(inputs), tuple(outputs), role))
+
+    def choose(self, d: int, count: int | str, outputs: Iterable[tuple[int, int]] = (), slot: int = 0) -> None:
+        """Dimension `d` of an input is chosen from or shared out (see `Choice.count`): frozen unless of experts."""
+        operand = self.inputs[slot]
+        assert operand is not None
+        axis = operand.dims[d]
+        reason = Reason(f"{self.node.op_type} runs over this axis", self.node.op_type, self.node.name or "")
+        self.axes.freeze(axis, reason)
+        flow = Flow(self.node, axis, "choice", ((slot, d),), tuple(outputs), "expert")
+        self.relations.choices.append(Choice(flow, count, reason))
 
     def edit(self, slot: str | int, entry: int | None, *axes: Axis, watch: tuple[Axis, ...] = ()) -> None:
         """Tie an attribute or operand entry to the size of `axes`."""

@@ -83,7 +83,7 @@ register("Pow", Rule(einsum(BINARY).apply, BINARY, _power, combines=True))
 register("Mod BitShift", _pointwise(BINARY, FACTOR, divisors=(1,)))
 register("PRelu", _pointwise(BINARY, FACTOR))
 register("Or Xor BitwiseOr BitwiseXor", _pointwise(BINARY, Zero(all_of=(0, 1))))
-register("Equal Greater Less GreaterOrEqual LessOrEqual", _pointwise(BINARY, NEVER))
+register("Greater Less GreaterOrEqual LessOrEqual", _pointwise(BINARY, NEVER))
 register("Where", _pointwise(MANY, Zero(all_of=(1, 2))))
 register("Sum Max Min Mean", _pointwise(MANY, Zero(all_of="all")))
 

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from spa.axes import Axis
 from spa.rules.base import FACTOR, NEVER, Op, Operand, Rule, Zero, register
+from spa.rules.choice import look_up
 from spa.rules.notation import Einsum
 from spa.rules.reshape import edit_target
 from spa.symbols import is_static
@@ -172,7 +173,8 @@ def _gather(op: Op) -> None:
         op.axes.mentioned.add(x.dims[axis])  # both ends exist whatever is removed, and nobody reads the value
         return
     if width != 1 or positions is None or None in positions or not isinstance(size, int):
-        op.freeze(x.dims[axis], "Gather looks positions up")
+        if positions is not None or not look_up(op, 1, axis):
+            op.freeze(x.dims[axis], "Gather looks positions up")
         for d, dim in enumerate(index.dims):
             _pair(op, index, d, y, axis + d, dim)
         return
@@ -196,18 +198,35 @@ def _only_measured(value: ir.Value) -> bool:
     return not value.is_graph_output() and all(n.op_type in ("Shape", "Size") for n, _ in value.uses())
 
 
-register("Gather", Rule(_gather, "constant indices take positions; looked-up axes are frozen", FACTOR, selects=True))
+register(
+    "Gather",
+    Rule(
+        _gather,
+        "constant indices take positions; looked-up axes are frozen, but for experts of a router",
+        FACTOR,
+        selects=True,
+    ),
+)
 
 
 def _elements(op: Op) -> None:
-    """GatherElements, ScatterElements: `axis` is looked up, equal other axes pass."""
+    """GatherElements, ScatterElements: `axis` is looked up, equal other axes pass. Experts of a router may leave."""
     x, index, y = op.input(0), op.input(1), op.output()
     if x is None or index is None or y is None:
         op.freeze_all(f"{op.node.op_type} of a tensor of unknown rank")
         return
     axis = int(op.attr("axis", 0)) % len(x.dims)
     others = [operand for operand in (op.input(2), y) if operand is not None]
+    free = look_up(op, 1, axis)
     for d, dim in enumerate(x.dims):
+        if d == axis and free:
+            written = op.node.op_type != "GatherElements"
+            if written:
+                op.axes.same(dim, y.dims[d])
+            for operand in (index, op.input(2) if written else y):
+                if operand is not None:
+                    op.freeze(operand.dims[d], f"{op.node.op_type} looks each of these up")
+            continue
         same = d != axis and all(o.shape[d] == x.shape[d] for o in (index, *others))
         for operand in (index, *others):
             if same:
@@ -218,7 +237,10 @@ def _elements(op: Op) -> None:
             op.freeze(dim, f"{op.node.op_type} looks positions up")
 
 
-register("GatherElements ScatterElements Scatter", Rule(_elements, "all axes pass but `axis`, which is frozen"))
+register(
+    "GatherElements ScatterElements Scatter",
+    Rule(_elements, "all axes pass but `axis`, which is frozen unless it is one of experts"),
+)
 
 
 def _gather_nd(op: Op) -> None:
@@ -249,7 +271,8 @@ def _gather_nd(op: Op) -> None:
             op.axes.same(x.dims[d], index.dims[d])
             op.axes.same(x.dims[d], y.dims[d])
         elif d < batch + depth:
-            op.freeze(x.dims[d], "GatherND looks positions up")
+            if batch or depth > 1 or positions is not None or not look_up(op, 1, d):
+                op.freeze(x.dims[d], "GatherND looks positions up")
         else:
             op.axes.same(x.dims[d], y.dims[len(index.dims) - 1 + d - batch - depth])
     for d in range(batch, len(index.dims) - 1):
@@ -461,6 +484,6 @@ def _resize(op: Op) -> None:
 
 register("Resize Upsample", Rule(_resize, "axes that keep their size pass, the others are frozen", FACTOR))
 register(
-    "Constant EyeLike Range OneHot",
+    "Constant EyeLike Range",
     Rule(lambda op: op.freeze_all(f"{op.node.op_type} makes this axis"), "frozen", NEVER),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spa.rules import choice
 from spa.rules.base import FACTOR, NEVER, Leaving, Op, Rule, register
 from spa.rules.notation import Einsum, einsum
 
@@ -111,7 +112,7 @@ register("GlobalAveragePool GlobalLpPool GlobalMaxPool", Rule(_global_pool, "b c
 
 
 def _along(op: Op) -> None:
-    """Softmax, ArgMax, TopK, CumSum ...: the axis is needed as a whole, the others pass."""
+    """Softmax, ArgMax, TopK, CumSum ...: the axis is needed as a whole, or is one of experts; the others pass."""
     x = op.input(0)
     if x is None or not x.dims:
         op.freeze_all(f"{op.node.op_type} of a scalar")
@@ -124,14 +125,20 @@ def _along(op: Op) -> None:
     first = axis % rank
     coerced = op.node.op_type in _COERCING and op.version < 13
     frozen = set(range(first, rank)) if coerced else {first}
+    shared = op.node.op_type in _SHARING and frozen == {first}
+    size = x.shape[first]
+    chosen = op.node.op_type in _CHOOSING
+    if shared or chosen:
+        op.choose(first, choice.count(op, size) if chosen else 0, [(0, first)] if shared else [])
     for operand in op.outputs:
         if operand is None:
             continue
         dropped = len(operand.dims) < rank
         out = 0
         for d, dim in enumerate(x.dims):
-            if d in frozen:
-                op.freeze(dim, f"{op.node.op_type} runs over this axis")
+            if d in frozen and not shared:
+                if not chosen:
+                    op.freeze(dim, f"{op.node.op_type} runs over this axis")
                 if not dropped:
                     op.freeze(operand.dims[out], f"{op.node.op_type} runs over this axis")
             else:
@@ -140,6 +147,8 @@ def _along(op: Op) -> None:
 
 
 _COERCING = ("Softmax", "LogSoftmax", "Hardmax")
+_SHARING = ("Softmax", "LogSoftmax")
+_CHOOSING = ("TopK", "ArgMax")
 
 
 def _axis(op: Op) -> int | None:
@@ -152,7 +161,7 @@ def _axis(op: Op) -> int | None:
 
 register(
     "Softmax LogSoftmax Hardmax ArgMax ArgMin TopK CumSum CumProd",
-    Rule(_along, "all axes pass but `axis`, which is frozen"),
+    Rule(_along, "all axes pass but `axis`, which is frozen unless it is one of experts"),
 )
 
 

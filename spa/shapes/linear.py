@@ -283,7 +283,9 @@ SHAPES.add(
     lambda op: [op.shape(), *[None] * (len(op.node.outputs) - 1)],
     MS,
 )
-SHAPES.add("BiasGelu BiasAdd BiasSoftmax BiasDropout BitmaskDropout DynamicQuantizeLinear", lambda op: [op.shape()], MS)
+SHAPES.add(
+    "BiasGelu BiasAdd BiasSoftmax BiasDropout BitmaskDropout DynamicQuantizeLinear MoE", lambda op: [op.shape()], MS
+)
 # operators that ONNX Runtime keeps under the default domain name in older files
 SHAPES.add("SimplifiedLayerNormalization", BASIC["", "LayerNormalization"])
 SHAPES.add("FusedGemm GemmFastGelu", SHAPES["", "Gemm"], MS)

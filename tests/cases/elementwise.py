@@ -52,6 +52,7 @@ CASES = [
     *each("And Or Xor", "bool:3x4 bool:4", "01 0 > 01"),
     *each("BitwiseAnd BitwiseOr BitwiseXor", "i32:3x4 i32:4", "01 0 > 01"),
     *each("Equal Greater Less GreaterOrEqual LessOrEqual", "i64<3:3x4 i64<3:4", "01 0 > 01"),
+    case("Equal", "i64<2:3x4 i64<2:3x4", "01 01 > 01"),
     case("Where", "bool:2x3x4 3x4 2x1x4", "012 01 02 > 012"),
     case("Where", "bool:4 3x4 ()", "0 01 - > 01"),
     *each("Sum Max Min Mean", "2x3x4 4 3x1", "012 0 0 > 012"),
