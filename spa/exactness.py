@@ -67,7 +67,7 @@ def inexact_leaves(coupling: Coupling, poison: set[ir.Value]) -> dict[int, str]:
             if slot < len(op.inputs):
                 why = f"zero in a divisor of {op.node.op_type} {op.node.name or ''}".strip()
                 out.update(dict.fromkeys(_zeros(coupling, op, rule, slot, zero, poison), why))
-    for flow in coupling.relations.flows:
+    for flow in sorted(coupling.relations.flows, key=lambda flow: flow.leaving != "choice"):
         if flow.leaving == "pass" or pinned(coupling, flow, poison):
             continue
         op, rule = known[flow.node]

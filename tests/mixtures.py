@@ -64,6 +64,14 @@ def of_best(net: Net, logits: str) -> tuple[str, str]:
     return net("ReduceMax", shares, axes=[-1], keepdims=1), which
 
 
+def of_threshold(net: Net, logits: str) -> tuple[str, str]:
+    """Shares of all experts, from logits that are at least the last of the best; no number is used."""
+    best, _ = _top(net, logits)
+    least = net("Gather", best, net.value("second", [CHOSEN - 1]), axis=-1)
+    left = net("Where", net("Less", logits, least), net.value("never", -np.inf), logits)
+    return net("Softmax", left, axis=-1), ""
+
+
 def of_operator(net: Net, logits: str) -> tuple[str, str]:
     """Left to the operator `MoE`."""
     return logits, ""
@@ -147,6 +155,10 @@ def scattered(net: Net, x: str, shares: str, numbers: str) -> str:
     return _weighed(net, x, net("ScatterElements", _like(net, shares, 0.0), numbers, shares, axis=-1))
 
 
+def weighed(net: Net, x: str, shares: str, numbers: str) -> str:
+    return _weighed(net, x, shares)
+
+
 def shared_late(net: Net, x: str, shares: str, numbers: str) -> str:
     """Noisy top-k gating: what is chosen goes to its place among minus infinities, before the softmax."""
     gates = net("ScatterElements", _like(net, shares, -np.inf), numbers, shares, axis=-1)
@@ -218,6 +230,7 @@ FORMS = {
     "fused": Form(of_operator, fused),
     "scattered": Form(of_softmax, scattered),
     "scattered-sigmoid": Form(of_sigmoid, scattered),
+    "threshold": Form(of_threshold, weighed),
     "shared-late": Form(of_logits, shared_late),
     "one-hot": Form(of_softmax, one_hot),
     "one-hot-best": Form(of_best, one_hot),

@@ -1,8 +1,8 @@
 """A multiplicative gate of 1 on every prunable unit: what its removal does to the loss, as derivatives.
 
 A gate multiplies the unit's activation where an operator sums over it (the input of the next layer), so that gate 0 is
-the unit removed and gate 1 the model as it is. First derivatives give Taylor, Fisher and head importance; products of
-the Hessian with a vector over all gates give the Hessian criteria.
+the unit removed and gate 1 the model as it is; of experts it multiplies what the router chooses from. First derivatives
+give Taylor, Fisher and head importance; products of the Hessian with a vector over all gates give the Hessian criteria.
 """
 
 from __future__ import annotations

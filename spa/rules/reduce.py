@@ -159,8 +159,9 @@ def _axis(op: Op) -> int | None:
     return int(op.attr("axis", -1 if op.node.op_type == "TopK" else default))
 
 
+register("Hardmax ArgMin CumSum CumProd", Rule(_along, "all axes pass but `axis`, which is frozen"))
 register(
-    "Softmax LogSoftmax Hardmax ArgMax ArgMin TopK CumSum CumProd",
+    "Softmax LogSoftmax ArgMax TopK",
     Rule(_along, "all axes pass but `axis`, which is frozen unless it is one of experts"),
 )
 
