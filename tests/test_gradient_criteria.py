@@ -12,7 +12,7 @@ import pytest
 import spa
 from spa.calibration import Calibration, load_calibration
 from spa.criteria import CRITERIA
-from spa.criteria.gates import rearranged
+from spa.criteria.gates import rearranged, shrunk
 from spa.errors import UsageError
 from spa.evidence import Evidence
 from spa.gradients import Gradients
@@ -79,7 +79,7 @@ def test_first_derivatives_of_gates() -> None:
 
 
 def test_second_derivatives_of_gates() -> None:
-    """The estimate lies within its standard error of the exact diagonal, and negative ones count as nothing."""
+    """The estimate lies within its standard error of the exact diagonal; the criterion is half of it, without noise."""
     _, losses = by_hand(mlp())
     gates = torch.ones(15, dtype=torch.float64)
     hessian = torch.autograd.functional.hessian(lambda z: losses(z[:8], z[8:]).mean(), gates)
@@ -89,7 +89,27 @@ def test_second_derivatives_of_gates() -> None:
     assert (error >= 0).all()
     apart = np.abs(value - exact) / np.maximum(error, 1e-6)
     assert np.mean(apart < 2.5) > 0.8
-    np.testing.assert_allclose(np.concatenate(list(scores("hap").values())), 0.5 * np.maximum(value, 0), rtol=1e-6)
+    for letter, group in zip("ab", analysis.groups, strict=True):
+        want = 0.5 * shrunk(*found.gradients.curvature[group.name])
+        np.testing.assert_allclose(scores("hap")[letter], want, rtol=1e-6)
+
+
+def test_noise_is_taken_from_estimates() -> None:
+    """Sums over the units that look least important are right, where those of raw estimates are far too low."""
+    rng = np.random.default_rng(0)
+    truth = rng.lognormal(0, 0.5, 2000)
+    for noise in (0.0, 0.5, 1.0):
+        error = np.full(2000, noise)
+        raw = truth + rng.normal(0, 1, 2000) * error
+        better = shrunk(raw, error)
+        lowest = np.argsort(better, kind="stable")[:500]
+        assert better[lowest].sum() == pytest.approx(truth[lowest].sum(), rel=0.15)
+        if noise:
+            gone = np.argsort(raw, kind="stable")[:500]
+            assert np.maximum(raw, 0)[gone].sum() < 0.85 * truth[gone].sum()
+            assert np.square(better - truth).mean() < np.square(raw - truth).mean()
+    np.testing.assert_allclose(shrunk(truth, np.zeros(2000)), truth)
+    assert (shrunk(-truth, np.ones(2000)) == 0).all()
 
 
 def test_units_are_exchanged_by_their_joint_loss() -> None:
