@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from spa.cache import Cache
 from spa.calibration import Calibration
 from spa.calibration.data import plural
+from spa.calibration.trials import needed
 from spa.consumers import Tap, taps
 from spa.errors import UsageError
 from spa.executors.collect import Profile, Setup, covariances, profiles, same_reading
@@ -38,7 +39,7 @@ class Measured:
     cache: Cache = field(default_factory=Cache)
     progress: Progress = silent
     given: int | None = None
-    """Samples that the user gave, where some of them are not in `data`."""
+    """Samples that the user gave, where some of them are held out of `data`."""
     shelf: Shelf = field(init=False)
     problems: dict[str, list[Consumer]] = field(default_factory=dict)
     """What a criterion made of the moments, by group."""
@@ -160,7 +161,7 @@ def _inverse(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 def enough(site: Site, joint: Joint, data: Calibration, given: int | None = None) -> None:
     """Raise UsageError unless there is an observation for every `FEWEST` columns, and all of them are finite.
 
-    `given` is the number of samples of which `data` are those to fit on.
+    `given` is the number of samples where some are held out of `data`.
     """
     if not np.isfinite(joint.xx).all():
         raise UsageError(
@@ -168,9 +169,10 @@ def enough(site: Site, joint: Joint, data: Calibration, given: int | None = None
         )
     need = max(site.columns // FEWEST, 2)
     if joint.rows < need:
-        given = data.samples if given is None else given
-        per = joint.rows / max(given, 1)
+        samples = int(np.ceil(need / max(joint.rows / data.samples, 1e-9)))
+        least = samples if given is None else needed(samples, data.fixed)
+        more = 0 if given is None else given - data.samples
         raise UsageError(
-            f"calibration: {plural(given)} give {joint.rows} observations of the {site.columns} inputs of "
-            f"{site.name!r}; give at least {int(np.ceil(need / max(per, 1e-9)))} samples"
+            f"calibration: {plural(data.samples)} give {joint.rows} observations of the {site.columns} inputs of "
+            f"{site.name!r}{f' ({more} more are held out)' if more else ''}; give at least {least} samples"
         )

@@ -34,8 +34,6 @@ SHARES = (0.25, 0.6)
 """Of a group's units, that leave in the trials."""
 SAMPLES = 128
 """Used in each trial at most."""
-PART = 5
-"""One sample of so many is held out for the trials."""
 
 
 def curves(
@@ -54,7 +52,7 @@ def curves(
         groups: groups to try.
         scores: losses per unit, any scale per group.
         measured: statistics, for the refit of the consumers.
-        test: samples for the trials, see `held_out`.
+        test: samples for the trials, see `spa.calibration.trials`.
         rotations: of the groups whose units are mixed within heads when some leave.
         progress: told how many groups have been tried (`weigh`).
     """
@@ -131,13 +129,6 @@ class Trials:
         return divergence(
             self.reference, [fetch(out[n]).astype(np.float64) for v in window for out in (run(v),) for n in names]
         )
-
-
-def held_out(data: Calibration) -> tuple[Calibration, Calibration]:
-    """Samples to fit on and others for trials; the same ones twice where there are too few to part with any."""
-    if data.samples // (data.fixed or 1) < PART:
-        return data, data
-    return data.split(min(SAMPLES, data.samples // PART))
 
 
 def few(data: Calibration, count: int) -> Calibration:

@@ -14,6 +14,7 @@ from spa.budget.select import Align, MinKeep, Selection, select
 from spa.budget.targets import Target
 from spa.cache import Cache
 from spa.calibration import Calibration
+from spa.calibration.trials import held_out
 from spa.compensate.closed import refit_readers, shift_means
 from spa.compensate.norm import recalibrate
 from spa.compensate.rotation import Mixer, Rotation, find_rotations
@@ -32,7 +33,7 @@ from spa.options import Scope, choose
 from spa.progress import Progress, silent
 from spa.removal import Mask, kept_without
 from spa.rewrite import rewritten
-from spa.sensitivity import curves, divergence, few, held_out, outputs
+from spa.sensitivity import curves, divergence, few, outputs
 from spa.sites import constant_of, exchange
 from spa.stitch import stitch
 from spa.twin import Twin
@@ -126,7 +127,9 @@ class Study:
         """Statistics, and other samples for trials: on those that were fit on, what leaves seems to cost too little."""
         if self.data is None:
             return None, None
-        fit, test = held_out(self.data) if self.method.sensitivity else (self.data, self.data)
+        if not self.method.sensitivity:
+            return Measured(self.analysis, self.groups, self.data, self.setup, self.cache, self.progress), None
+        fit, test = held_out(self.data)
         given = self.data.samples
         return Measured(self.analysis, self.groups, fit, self.setup, self.cache, self.progress, given), test
 
@@ -147,8 +150,7 @@ class Study:
         """Importance of every unit of every group."""
         method = self.method
         raw = self._raw()
-        weighed = method.sensitivity and method.allocation in ("efficient", "knapsack")
-        if not weighed or self.measured is None or self.trial is None:
+        if method.allocation not in ("efficient", "knapsack") or self.measured is None or self.trial is None:
             return Scored(normalise(raw, self.groups, method.normalisation), None)
         raw |= {name: rotation.scores(raw[name]) for name, rotation in self.rotations.items()}
         scores = normalise(raw, self.groups, method.normalisation)

@@ -94,6 +94,30 @@ def test_second_derivatives_of_gates() -> None:
         np.testing.assert_allclose(scores("hap")[letter], want, rtol=1e-6)
 
 
+def test_curvature_without_labels_is_the_fisher_information() -> None:
+    """Labels are not drawn there but taken on average; for first derivatives they are drawn."""
+    w, _ = by_hand(mlp())
+    x = torch.from_numpy(labelled()[0]).double()
+
+    def logits(gates: Any) -> Any:
+        h = torch.tanh(x @ w["a.weight"].T + w["a.bias"]) * gates[:8]
+        h = torch.tanh(h @ w["b.weight"].T + w["b.bias"]) * gates[8:]
+        return h @ w["c.weight"].T + w["c.bias"]
+
+    one = torch.ones(15, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(logits, one)  # [n, classes, gates]
+    p = torch.softmax(logits(one), 1)
+    metric = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    exact = torch.einsum("ncg,ncd,ndg->g", jacobian, metric, jacobian).detach().numpy() / len(x)
+    analysis, found, _ = evidence(mlp(), "sampled")
+    value, error = (np.concatenate([found.gradients.curvature[g.name][k] for g in analysis.groups]) for k in (0, 1))
+    apart = np.abs(value - exact) / np.maximum(error, 1e-6)
+    assert np.mean(apart < 2.5) > 0.8
+    assert (exact > 0).all()
+    grads = np.concatenate([found.gradients.gates[g.name] for g in analysis.groups], axis=1)
+    assert np.abs(grads).max() > 1e-3
+
+
 def test_noise_is_taken_from_estimates() -> None:
     """Sums over the units that look least important are right, where those of raw estimates are far too low."""
     rng = np.random.default_rng(0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
 
 import spa
+from spa.calibration.trials import MOST, PART, held_out, needed
 from spa.executors.segments import Segments
 from spa.methods import METHODS
 from spa.removal import kept_without
 from spa.rewrite import rewritten
-from spa.sensitivity import PART, SAMPLES, SHARES, divergence, held_out, lowest, outputs
+from spa.sensitivity import SHARES, divergence, lowest, outputs
 from spa.stitch import stitch
 from spa.study import Query, Study
 from tests.net import Net
@@ -67,7 +70,7 @@ def test_samples_for_trials(samples: int) -> None:
         assert fit is test is data
     else:
         assert fit.samples + test.samples == samples
-        assert test.samples == min(SAMPLES, samples // PART)
+        assert test.samples == min(MOST, samples // PART)
 
 
 def test_a_batch_that_the_graph_fixes_is_held_out_whole() -> None:
@@ -81,8 +84,24 @@ def test_a_batch_that_the_graph_fixes_is_held_out_whole() -> None:
     assert (fit.samples, test.samples) == (16, 4)
 
 
-def test_too_few_samples_are_counted_as_given() -> None:
-    """The refusal speaks of the samples that the user gave, and what it asks for is enough."""
+@pytest.mark.parametrize("fixed", [None, 4, 7])
+def test_as_many_as_are_needed(fixed: int | None) -> None:
+    """No fewer would do, and so many do."""
+    graph = spa.load(pooled()).model
+
+    def fit(samples: int) -> int:
+        data = spa.load_calibration({"x": images(samples, 0)}, graph)
+        return held_out(replace(data, fixed=fixed))[0].samples
+
+    step = fixed or 1
+    for wanted in range(step, 60 * step, 3 * step):
+        asked = needed(wanted, fixed)
+        assert fit(-(-asked // step) * step) >= wanted
+        assert asked == step or fit((asked - 1) // step * step) < wanted
+
+
+def test_too_few_samples_are_counted() -> None:
+    """The refusal tells those that are held out, and what it asks for is enough."""
     wide = Net()
     y = wide("Relu", wide("Gemm", wide.input("x", "n", 8), wide.weight("w", 8, 400)))
     model = wide.model(**{wide("Gemm", y, wide.weight("v", 400, 10)): ("n", 10)})
@@ -91,7 +110,7 @@ def test_too_few_samples_are_counted_as_given() -> None:
     def prune(samples: int) -> None:
         spa.prune(model, target="macs=0.7", method="obspa", calibration={"x": x[:samples]})
 
-    with pytest.raises(spa.UsageError, match="calibration: 40 samples give 32 observations") as refused:
+    with pytest.raises(spa.UsageError, match=r"32 samples give 32 observations .* \(8 more are held out\)") as refused:
         prune(40)
     asked = int(str(refused.value).split("at least ")[1].split()[0])
     prune(asked)

@@ -22,7 +22,9 @@ _CLASSES = 3
 """From this rank on classes are the last axis of three, and the second of more."""
 
 
-def objective(kind: str | Loss, network: Interpreter, seed: int = 0, temperature: float = 1.0) -> Run:
+def objective(
+    kind: str | Loss, network: Interpreter, seed: int = 0, temperature: float = 1.0, expected: bool = False
+) -> Run:
     """A loss of a network.
 
     Args:
@@ -35,6 +37,8 @@ def objective(kind: str | Loss, network: Interpreter, seed: int = 0, temperature
         network: the model.
         seed: of what is drawn.
         temperature: divides the outputs.
+        expected: of what would be drawn (`sampled`, `gaussian`), take the expectation: for second derivatives, which
+            are the same on average, without the noise; first derivatives are 0.
 
     Raises:
         UsageError: an unknown kind, or one that does not fit the outputs or the samples.
@@ -42,7 +46,7 @@ def objective(kind: str | Loss, network: Interpreter, seed: int = 0, temperature
     if isinstance(kind, str) and kind not in LOSSES:
         raise UsageError(f"--loss: unknown loss {kind!r}; choose one of {', '.join(LOSSES)}")
     noise = torch.Generator().manual_seed(seed)
-    drawn = {last: SampledLabels(last=last, seed=seed) for last in (False, True)}
+    drawn = {last: SampledLabels(last=last, seed=seed, expected=expected) for last in (False, True)}
 
     def run(feeds: Mapping[str, Any], labels: NDArray[np.int64] | None, gates: Multipliers | None) -> Tensor:
         outputs = {n: y / temperature for n, y in network(feeds, gates=gates).items() if y.is_floating_point()}
@@ -64,7 +68,7 @@ def objective(kind: str | Loss, network: Interpreter, seed: int = 0, temperature
         if name == "sampled":
             classes = {n: y for n, y in outputs.items() if y.dim() >= 2}
             return torch.stack([drawn[y.dim() == _CLASSES]({n: scores(y)}) for n, y in classes.items()]).sum(0)
-        return torch.stack([_gaussian(y, noise) for y in outputs.values()]).sum(0)
+        return torch.stack([_gaussian(y, None if expected else noise) for y in outputs.values()]).sum(0)
 
     return run
 
@@ -91,9 +95,11 @@ def _tokens(feeds: Mapping[str, Any], targets: Mapping[str, Tensor]) -> Tensor:
     return targets[named[0]]
 
 
-def _gaussian(y: Tensor, generator: torch.Generator) -> Tensor:
-    """Half the squared distance to a draw from a normal distribution around the outputs, per sample."""
+def _gaussian(y: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Half the squared distance to a draw from a normal distribution around the outputs, or to these, per sample."""
     with torch.no_grad():
         spread = y.std(0, keepdim=True).clamp_min(1e-6) if y.shape[0] > 1 else torch.ones_like(y)
-        goal = y + spread * torch.randn(y.shape, generator=generator).to(y)
+        goal = y.clone()
+        if generator is not None:
+            goal += spread * torch.randn(y.shape, generator=generator).to(y)
     return 0.5 * ((y - goal) / spread).square().flatten(1).sum(1)

@@ -114,12 +114,13 @@ FEWEST, MOST = 8, 64
 def gate_curvature(task: Task, samples: int = 64) -> dict[str, Estimate]:
     """Diagonal of the Hessian of the mean loss with respect to the gates, [units] per group.
 
-    Hutchinson: E[v * (H v)] over random signs v. Each batch of `samples` is differentiated once and asked for several
-    products; drawing stops when the ranking of the units is stable.
+    Hutchinson: E[v * (H v)] over random signs v. Labels that would be drawn are taken on average. Each batch of
+    `samples` is differentiated once and asked for several products; drawing stops when the ranking of the units is
+    stable.
     """
     network = task.network()
     network.requires_grad_(False)
-    loss = objective(task.loss, network, task.seed)
+    loss = objective(task.loss, network, task.seed, expected=True)
     generator = torch.Generator().manual_seed(task.seed)
     gates = Gates(task.analysis, task.groups, device=task.device)
     vectors = list(gates.vectors.values())
@@ -197,7 +198,7 @@ def hessian_gradients(task: Task, temperature: float = 1.0) -> dict[str, Array]:
 
 
 def weight_curvature(task: Task, axes: Mapping[str, int], samples: int = 64) -> dict[str, Estimate]:
-    """Traces of the Hessian of the mean loss over slices of weights (Hutchinson).
+    """Traces of the Hessian of the mean loss over slices of weights (Hutchinson), labels as in `gate_curvature`.
 
     Args:
         task: model and samples.
@@ -209,7 +210,7 @@ def weight_curvature(task: Task, axes: Mapping[str, int], samples: int = 64) -> 
     """
     network = task.network()
     weights = [network.weights[name] for name in axes]
-    loss = objective(task.loss, network, task.seed)
+    loss = objective(task.loss, network, task.seed, expected=True)
     generator = torch.Generator().manual_seed(task.seed)
     batches = -(-task.data.samples // samples)
 

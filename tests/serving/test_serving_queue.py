@@ -81,6 +81,45 @@ def test_a_full_batch_goes_before_an_older_one_that_is_not() -> None:
     assert queue.take(0.3) == []
 
 
+@pytest.mark.parametrize("callers", [1, 3, 8, 31])
+def test_nobody_waits_long_for_callers_that_are_not_there(callers: int) -> None:
+    """Callers who ask again a millisecond after their answer: they are joined, and only a few batches wait for more."""
+    queue, now, late, rows = RequestQueue(32, delay=1.0), 0.0, 0, list[int]()
+    for _ in range(400):
+        for k in range(callers):
+            queue.add(waiting(1, "a", now + k / 1000, LOOP))
+        now += (callers - 1) / 1000
+        while not (batch := queue.take(now)):
+            due = queue.due()
+            assert due is not None
+            late, now = late + 1, max(due, now)
+        rows.append(len(batch))
+        now += 0.001
+        while rest := queue.take(now + 5):
+            rows[-1] += len(rest)
+    assert late < 25
+    assert set(rows) == {callers}
+
+
+def test_more_callers_are_noticed() -> None:
+    queue, now, sizes = RequestQueue(32, delay=1.0), 0.0, list[int]()
+    here = 0
+    for step in range(4000):
+        callers = 2 if step < 1000 else 20
+        while here < callers:
+            queue.add(waiting(1, "a", now, LOOP))
+            here, now = here + 1, now + 0.001
+            if batch := queue.take(now):
+                sizes.append(len(batch))
+                here -= len(batch)
+        now = max(now, queue.due() or now)
+        if batch := queue.take(now):
+            sizes.append(len(batch))
+            here -= len(batch)
+    assert np.median(sizes[200:400]) == 2
+    assert np.median(sizes[-400:]) == 20
+
+
 @given(st.dictionaries(st.sampled_from("abcd"), st.integers(0, 10), min_size=1).filter(lambda d: any(d.values())))
 def test_shares_are_exact_after_every_round(weights: dict[str, float]) -> None:
     splitter = Splitter(weights)
