@@ -37,11 +37,42 @@ class Request:
     """Order of arrival; given by the queue."""
 
 
+_MOST_PATIENCE = 64
+"""Batches that come as expected, at most, before it is tried whether more would come."""
+
+
+class Expected:
+    """How many rows are worth waiting for: as many as came lately, and now and then more, to see whether they come.
+
+    Callers that wait for their answers before they ask again are soon counted so, and nobody waits for what does not
+    come, but for one batch in `_MOST_PATIENCE`.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = self.rows = most
+        self._trying = True
+        self._came = 0
+        self._patience = 1
+
+    def learn(self, rows: int, *, came: bool) -> None:
+        """A batch had so many rows; whether the expected ones `came`, or the time was over before."""
+        if not came:
+            self._patience = min(2 * self._patience, _MOST_PATIENCE) if self._trying else self._patience
+            self.rows, self._trying, self._came = max(rows, 1), False, 0
+            return
+        self._patience = 1 if self._trying else self._patience
+        self.rows, self._came = max(self.rows, rows), self._came + 1
+        self._trying = self._came >= self._patience
+        if self._trying:
+            self.rows, self._came = min(self.rows + 1 + self.rows // 4, self._most), 0
+
+
 class RequestQueue:
     """First come, first served, except that a request may join an earlier one of its key."""
 
     def __init__(self, most_rows: int, delay: float) -> None:
         self._most_rows, self._delay = most_rows, delay
+        self._expected = Expected(most_rows)
         self._groups: dict[Key, dict[int, Request]] = {}
         self._rows: dict[Key, int] = {}
         self._alone: dict[int, Request] = {}
@@ -79,8 +110,12 @@ class RequestQueue:
             if key is None:
                 self.remove(first)
                 return [first]
-            if self._rows[key] >= self._most_rows or now >= first.arrived + self._delay:
-                return self._batch(key)
+            came = self._rows[key] >= self._expected.rows
+            if came or now >= first.arrived + self._delay:
+                batch = self._batch(key)
+                if self._delay:
+                    self._expected.learn(sum(request.rows for request in batch), came=came)
+                return batch
         return []
 
     def due(self) -> float | None:
