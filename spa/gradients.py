@@ -63,7 +63,7 @@ class Gradients:
         """d2L / dz_u^2 of the mean loss and its standard error, [units] each per group."""
         from spa.interpreter import statistics
 
-        return self._pairs("curvature", lambda: statistics.gate_curvature(self._few))
+        return self._pairs("gate-curvature", lambda: statistics.gate_curvature(self._few))
 
     @cached_property
     def weights(self) -> Mapping[str, Array]:
@@ -85,7 +85,7 @@ class Gradients:
         from spa.interpreter import statistics
 
         return self._pairs(
-            f"expected-traces/{sorted(axes.items())}", lambda: statistics.weight_curvature(self._few, axes)
+            f"traces/{sorted(axes.items())}", lambda: statistics.weight_curvature(self._few, axes)
         )
 
     @cached_property
