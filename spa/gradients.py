@@ -84,9 +84,7 @@ class Gradients:
         """Traces of the Hessian over slices along an axis of each weight, and their standard errors."""
         from spa.interpreter import statistics
 
-        return self._pairs(
-            f"traces/{sorted(axes.items())}", lambda: statistics.weight_curvature(self._few, axes)
-        )
+        return self._pairs(f"traces/{sorted(axes.items())}", lambda: statistics.weight_curvature(self._few, axes))
 
     @cached_property
     def flow(self) -> Mapping[str, Array]:
