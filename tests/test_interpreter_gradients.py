@@ -51,9 +51,11 @@ def reason_against(spec: Case) -> str:
         return ROUNDED
     if spec.operator == "Dropout":
         return "random"
+    if "use_sparse_mixer" in spec.attributes:
+        return "no sparse mixer here"
     if spec.operator.startswith("Scatter") and "reduction" not in spec.attributes:
-        index = next(a for a in arrays.values() if a.dtype.kind == "i")
-        if len(np.unique(index)) < index.size:
+        index = next((a for a in arrays.values() if a.dtype.kind == "i"), None)
+        if index is not None and len(np.unique(index)) < index.size:
             return AMBIGUOUS
     if str(spec).startswith("Pow 2x3x4 p:"):
         return "powers of negative numbers"

@@ -15,6 +15,7 @@ import onnx
 import pytest
 
 import spa
+from spa.calibration.trials import PART
 from spa.cli import output
 from tests.models import BUILT
 from tests.small_models import cnn
@@ -56,7 +57,7 @@ def test_stages_only_go_forward(method: str) -> None:
     if method in ("obspa", "auto"):
         assert {"weigh", "refit"} <= set(names)
     samples = [total for name, _, total in seen if name == "collect"]
-    assert max(samples) >= 80
+    assert max(samples) >= 80 - 80 // PART  # some are held out
 
 
 def test_inner_stages_run_inside_outer_ones() -> None:

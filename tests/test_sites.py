@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spa.executors.meter import Meter
-from spa.executors.patches import output_space, sample, window
+from spa.executors.patches import output_space, sample, spread_evenly, window
 from spa.graph import load
 from spa.least_squares import Refitter
 from spa.moments import Joint
@@ -245,9 +245,8 @@ def close(got: Array, want: Array) -> None:
 def chosen_positions(site: Site, x: Array, samples: int) -> Array | None:
     """The positions that a meter looks at; None for all."""
     if site.layout == "tokens":
-        positions = math.prod(x.shape[1:-1])
-        return None if x.ndim < 3 else sample(site, positions, samples)
-    return sample(site, math.prod(output_space(site, x.shape[2:])), samples)
+        return None if x.ndim < 3 else sample(site, x.shape[1:-1], samples)
+    return sample(site, output_space(site, x.shape[2:]), samples)
 
 
 @pytest.mark.parametrize("samples", [3, 100000], ids=["all positions", "some positions"])
@@ -478,13 +477,24 @@ def test_bent_targets(name: str, keep: int, skip: bool, low: float, high: float)
 # -- which positions ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("space", "count"), [((8, 8), 9), ((28, 28), 40), ((196,), 20), ((3, 5, 7), 11), ((1, 6), 6)])
+def test_positions_cover_a_grid_evenly(space: tuple[int, ...], count: int) -> None:
+    """Each half along each axis has its share of them, give or take three; drawn by chance it often has not."""
+    found = spread_evenly(space, count)
+    assert len(set(found.tolist())) == count
+    for along, size in zip(np.unravel_index(found, space), space, strict=True):
+        low = float((along < size / 2).mean())
+        assert abs(low - math.ceil(size / 2) / size) * count <= 3
+    assert sorted(spread_evenly(space, math.prod(space)).tolist()) == list(range(math.prod(space)))
+
+
 def test_samples_of_positions() -> None:
     """The same for everybody, sorted, without repetition, and enough rows for the columns."""
     site = site_of(built(CASES["conv"]))
-    assert sample(site, 10, 1).tolist() == list(range(10))
-    few = sample(site, 1000, 50)
-    np.testing.assert_array_equal(few, sample(site, 1000, 50))
+    assert sample(site, (10,), 1).tolist() == list(range(10))
+    few = sample(site, (1000,), 50)
+    np.testing.assert_array_equal(few, sample(site, (1000,), 50))
     assert (np.diff(few) > 0).all()
     assert few[-1] < 1000
     assert len(few) * 50 >= 20 * site.columns or len(few) >= 1000 * site.rows // site.columns
-    assert len(sample(site, 1000, 10**9)) >= 1
+    assert len(sample(site, (1000,), 10**9)) >= 1

@@ -161,7 +161,7 @@ class Meter:
         positions = math.prod(shape[1:-1])
         if len(shape) < 3 or positions == 1:
             return kernels.Picks(None, None)
-        chosen = sample(self.site, positions, self.samples)
+        chosen = sample(self.site, shape[1:-1], self.samples)
         if len(chosen) == positions:
             return kernels.Picks(None, None)
         index = kernels.indices(chosen)
@@ -170,7 +170,7 @@ class Meter:
     def _patches(self, shape: tuple[int, ...]) -> kernels.Picks:
         space = spatial(shape)
         out = output_space(self.site, space)
-        chosen = sample(self.site, math.prod(out), self.samples)
+        chosen = sample(self.site, out, self.samples)
         flat = window(self.site, space, out, chosen)
         return kernels.Picks(kernels.indices(flat), kernels.indices(chosen))
 

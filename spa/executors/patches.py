@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,14 +110,15 @@ _SPEED = 0.75
 """Of a Gram matrix relative to a convolution with as many multiplications, about."""
 
 
-def sample(site: Site, positions: int, samples: int, *, least: int = 20, most: int = 1000) -> NDArray[np.int64]:
-    """Output positions that are looked at: the same for all samples, and for all sites of this size by any name.
+def sample(site: Site, space: Sequence[int], samples: int, *, least: int = 20, most: int = 1000) -> NDArray[np.int64]:
+    """Output positions that are looked at, of a grid `space`: the same for all samples, spread evenly.
 
     As many as make the moments cost what the operator costs itself; more if it takes more to have `least` rows per
     column over all samples, but then at most twice that cost, unless it is next to nothing. Never fewer than give a
     row for every four columns, and no more than give `most` per column: a fit of d columns to N rows loses d / N of
     the variance to noise, and from there on only more samples help.
     """
+    positions = math.prod(space)
     affordable = _SPEED * positions * site.rows / site.columns
     needed = least * site.columns / max(samples, 1)
     cheap = _CHEAP / (max(samples, 1) * site.groups * site.columns**2)
@@ -125,8 +127,27 @@ def sample(site: Site, positions: int, samples: int, *, least: int = 20, most: i
     count = int(min(max(affordable, min(needed, max(2 * affordable, cheap)), fewest), enough, positions))
     if count == positions:
         return np.arange(positions)
-    rng = np.random.default_rng(positions)
-    return np.sort(rng.permutation(positions)[:count])
+    return np.sort(spread_evenly(tuple(space), count))
+
+
+@lru_cache(maxsize=256)
+def spread_evenly(space: tuple[int, ...], count: int) -> NDArray[np.int64]:
+    """`count` positions of a grid, flat, that cover it evenly.
+
+    Those of a low-discrepancy sequence: multiples of powers of 1/g modulo 1, g^(d + 1) = g + 1 for d axes (the golden
+    ratio for one), as in Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018). Positions drawn by
+    chance miss whole corners where there are few, and a refit then knows nothing of them.
+    """
+    root = 2.0
+    for _ in range(64):
+        root = (1 + root) ** (1 / (len(space) + 1))
+    steps = root ** -np.arange(1.0, len(space) + 1)
+    points = (0.5 + np.arange(4 * count)[:, None] * steps) % 1
+    cells = np.ravel_multi_index(tuple((points * space).astype(np.int64).T), space)
+    found, first = np.unique(cells, return_index=True)
+    order = found[np.argsort(first)]
+    rest = np.setdiff1d(np.arange(math.prod(space)), found) if len(order) < count else order[:0]
+    return np.append(order, rest)[:count].astype(np.int64)
 
 
 def spatial(shape: Sequence[Any]) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ FAMILIES = (
     "control",
     "contrib",
     "contrib_quant",
+    "mixture",
     "losses",
 )
 

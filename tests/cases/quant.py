@@ -26,7 +26,7 @@ CASES = [
     case(MS + "DequantizeLinear", "u8:3x4 {0.1} u8:{7}", "01 - - > 01"),
     case("DynamicQuantizeLinear", "3x4", "01 > 01 - -", outs="111"),
     case("QLinearConv", "u8:2x4x5x5 {0.1} u8:{7} u8:6x4x3x3 {0.2} u8:{9} {4.0} u8:{3}", "01 - - 01 - - - - > 01", zeros={0: 7, 3: 9}),
-    case("QLinearConv", "u8:2x6x5x5 {0.1} u8:{7} i8:8x3x3x3 p:8 i8:[1,-1,2,0,3,1,0,2] {4.0} u8:{3} i32:8", "01 - - 01 0 0 - - 0 > 01", group=2, zeros={0: 7}, carriers=(0,)),
+    case("QLinearConv", "u8:2x6x5x5 {0.1} u8:{7} i8:8x3x3x3 p:8 i8:[1,-1,2,0,3,1,0,2] {40.0} u8:{3} i32<3000:8", "01 - - 01 0 0 - - 0 > 01", group=2, zeros={0: 7}, carriers=(0,)),
     case("QLinearMatMul", "u8:3x4 {0.1} u8:{7} u8:4x5 {0.1} u8:{9} {4.0} u8:{3}", "01 - - 01 - - - - > 01", zeros={0: 7, 3: 9}),
     case("QLinearMatMul", "u8:2x3x4 {0.1} u8:{7} i8:4x5 p:5 i8:[2,2,2,2,2] {4.0} u8:{3}", "012 - - 01 0 0 - - > 012", zeros={0: 7, 3: 2}),
     case(MS + "QLinearAdd", "u8:3x4 {0.1} u8:{7} u8:4 {0.1} u8:{9} {0.2} u8:{3}", "01 - - 0 - - - - > 01"),
