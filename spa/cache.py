@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from spa.version import __version__
 
-RULES = 6
+RULES = 7
 """Raised whenever measurements are taken in another way, so that old ones are not found."""
 Arrays = Mapping[str, NDArray[Any]]
 _COUNT = "_count"

@@ -136,13 +136,15 @@ def spread_evenly(space: tuple[int, ...], count: int) -> NDArray[np.int64]:
 
     Those of a low-discrepancy sequence: multiples of powers of 1/g modulo 1, g^(d + 1) = g + 1 for d axes (the golden
     ratio for one), as in Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018). Positions drawn by
-    chance miss whole corners where there are few, and a refit then knows nothing of them.
+    chance miss whole corners where there are few, and a refit then knows nothing of them. Each is moved by chance
+    within its own share of the grid: what repeats every few positions, as behind a stride, is not hit in step.
     """
     root = 2.0
     for _ in range(64):
         root = (1 + root) ** (1 / (len(space) + 1))
     steps = root ** -np.arange(1.0, len(space) + 1)
-    points = (0.5 + np.arange(4 * count)[:, None] * steps) % 1
+    jitter = np.random.default_rng(0).random((4 * count, len(space))) * count ** (-1 / len(space))
+    points = (np.arange(4 * count)[:, None] * steps + jitter) % 1
     cells = np.ravel_multi_index(tuple((points * space).astype(np.int64).T), space)
     found, first = np.unique(cells, return_index=True)
     order = found[np.argsort(first)]

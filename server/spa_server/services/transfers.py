@@ -90,7 +90,7 @@ class Incomings:
             finally:
                 if writing is not None:
                     await asyncio.shield(writing)
-                await asyncio.shield(asyncio.to_thread(incoming.write, pieces))
+                incoming.write(pieces)  # at once: whoever comes back asks how much is here
             await asyncio.to_thread(incoming.finish)
         return in_pb.UploadResponse(sha256=header.sha256, size=header.size)
 
