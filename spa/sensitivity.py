@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spa.calibration import Calibration
+from spa.calibration.trials import MOST
 from spa.compensate.pairs import affected
 from spa.compensate.rotation import Rotation
 from spa.evidence import Vector
@@ -32,8 +33,6 @@ from spa.stitch import stitch
 _FLOATS = {1, 10, 11, 16}
 SHARES = (0.25, 0.6)
 """Of a group's units, that leave in the trials."""
-SAMPLES = 128
-"""Used in each trial at most."""
 
 
 def curves(
@@ -58,11 +57,11 @@ def curves(
     """
     rotations = rotations or {}
     request = [[g.name, g.units, _digest(scores[g.name]), g.name in rotations] for g in groups]
-    about = [request, SHARES, SAMPLES, test.digest]
+    about = [request, SHARES, MOST, test.digest]
     known = measured.cache.get("sensitivity", measured.data.digest, about)
     if known is None:
         errors = {str(k): np.zeros(len(SHARES)) for k in range(len(groups))}
-        trials = Trials(analysis, few(test, SAMPLES), measured, rotations)
+        trials = Trials(analysis, few(test, MOST), measured, rotations)
         progress("weigh", 0, len(groups))
         order = sorted((trials.start(group), k) for k, group in enumerate(groups))
         for done, (start, k) in enumerate(order):

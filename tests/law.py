@@ -230,7 +230,7 @@ class Law:
             slots = self._slots(flow)
             if flow.leaving == "choice" and leaves:
                 for slot, d in flow.inputs:
-                    mask = self.solution.keep(self.op.inputs[slot].dims[d], self._only(kept, leaves))  # type: ignore[union-attr]
+                    mask = self.solution.keep(self.op.inputs[slot].dims[d], self._only(kept, leaves))  # type: ignore[union-attr]  # a flow names inputs that are there
                     np.moveaxis(arrays[names[slot] or ""], d, 0)[~mask] = -1e9
             if flow.leaving != "sum" or not leaves or not slots:
                 continue
