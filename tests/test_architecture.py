@@ -39,7 +39,7 @@ LAYERS = (
     {"gradients", "measured"},
     {"evidence", "plan"},
     {"criteria", "removal"},
-    {"budget", "rewrite"},
+    {"budget", "rewrite", "unsigned"},
     {"compensate", "latency", "methods", "options", "verify"},
     {"stitch"},
     {"sensitivity"},

@@ -26,6 +26,7 @@ from spa.interpreter.listing import markdown  # noqa: E402
 from spa.interpreter.program import to_host  # noqa: E402
 from spa.interpreter.types import to_numpy  # noqa: E402
 from spa.runtime import open_session, run  # noqa: E402
+from spa.unsigned import has_signed, unsigned  # noqa: E402
 from tests.models import BUILT  # noqa: E402
 from tests.net import Net, feeds  # noqa: E402
 from tests.subject import Case, difference, execute  # noqa: E402
@@ -38,6 +39,9 @@ RUNNABLE = {name: built for name, built in BUILT.items() if built.runtime}
 
 def runtime(source: Path | onnx.ModelProto, inputs: dict[str, Array]) -> dict[str, Array]:
     data = source if isinstance(source, Path) else source.SerializeToString()
+    model = ir.load(source) if isinstance(source, Path) else ir.from_proto(source)
+    if has_signed(model):  # in kernels that are exact on all processors
+        data = ir.to_proto(unsigned(model)).SerializeToString()
     return run(open_session(data, provider="cpu", threads=1, optimize=False), inputs)
 
 
