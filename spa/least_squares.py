@@ -11,7 +11,7 @@ structured: ZipLM, arXiv 2302.04089; with covariances in place of second moments
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,15 +74,38 @@ class Refitter:
     def __init__(self, covariance: Array, prior: Array, damping: float) -> None:
         """`covariance` is Cov(x), [d, d]; `prior` [m, d]; `damping` the relative ridge."""
         self.covariance, self.prior = covariance, prior
-        self.inverse = np.linalg.inv(damped(covariance, damping))
+        self._solve = _solver(damped(covariance, damping))
 
     def __call__(self, cross: Array) -> Array:
         """`cross` is Cov(t, x), [m, d]."""
-        return np.asarray(self.prior + (cross - self.prior @ self.covariance) @ self.inverse)
+        out = np.empty_like(self.prior)
+        for start in range(0, len(out), _ROWS):  # there are vocabularies of a hundred thousand rows
+            rows = slice(start, start + _ROWS)
+            step = cross[rows] - self.prior[rows] @ self.covariance
+            np.add(self.prior[rows], self._solve(step.T).T, out=out[rows])
+        return out
+
+
+_ROWS = 4096
+"""Outputs that are refit at a time."""
+
+
+def _solver(matrix: Array) -> Callable[[Array], Array]:
+    """b -> matrix^-1 b for a symmetric matrix, which is lost; by Cholesky factors unless rounding made it indefinite."""
+    from scipy.linalg import LinAlgError, cho_factor, cho_solve, lu_factor, lu_solve  # a tenth of a second to import
+
+    try:
+        factor = cho_factor(matrix)
+    except LinAlgError:
+        lu = lu_factor(matrix)
+        return lambda b: np.asarray(lu_solve(lu, b))
+    return lambda b: np.asarray(cho_solve(factor, b, overwrite_b=True))
 
 
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 1000.0)
 """Ridges to choose from, weakest first; the last one all but keeps the prior."""
+_SKETCH = 256
+"""Random combinations that stand for more than twice as many outputs where ridges are compared."""
 
 
 def transfer(
@@ -91,25 +114,32 @@ def transfer(
 ) -> Array:  # fmt: skip
     """Squared error on test moments, up to a constant, of `Refitter` on fit moments, per damping of `DAMPINGS`.
 
+    With many outputs it is estimated from random combinations of them, whose squares have the same mean (Johnson &
+    Lindenstrauss, 1984; signs as in Achlioptas, 2003): the same ones for all ridges, which keeps their order.
+
     Args:
-        fit_xx: Cov(x) to fit on, [d, d]; `fit_tx` is Cov(t, x), [m, d].
+        fit_xx: Cov(x) to fit on, [..., d, d]; `fit_tx` is Cov(t, x), [..., m, d]. Errors of leading axes add up.
         fit_tx: see above.
         test_xx: Cov(x) to test on; `test_tx` likewise.
         test_tx: see above.
-        prior: weights the ridge pulls to, [m, d].
+        prior: weights the ridge pulls to, [..., m, d].
     """
+    outputs, columns = prior.shape[-2:]
+    if outputs > 2 * _SKETCH:
+        signs = np.random.default_rng(0).integers(0, 2, (_SKETCH, outputs), dtype=np.int8)
+        sketch = (2.0 * signs - 1.0) / np.sqrt(_SKETCH)
+        fit_tx, test_tx, prior = sketch @ fit_tx, sketch @ test_tx, sketch @ prior
     # single precision is enough to choose among ridges that are ten times apart, and twice as fast
     fit_xx, fit_tx, test_xx, test_tx, prior = (a.astype(np.float32) for a in (fit_xx, fit_tx, test_xx, test_tx, prior))
-    values, vectors = np.linalg.eigh(fit_xx)
-    scale = max(float(values.mean()), 0.0)
-    step = (fit_tx - prior @ fit_xx) @ vectors
-    # with W = prior + step / (values + ridge): tr(W T W^T) - 2 tr(W t^T), in the basis of the eigenvectors
-    turned = vectors.T @ test_xx @ vectors
-    slope = (prior @ test_xx - test_tx) @ vectors
-    out = []
+    step = np.swapaxes(fit_tx - prior @ fit_xx, -1, -2)
+    slope = prior @ test_xx - test_tx
+    ridge = np.maximum(np.trace(fit_xx, axis1=-2, axis2=-1) / columns, 0.0)[..., None]
+    diagonal = np.einsum("...ii->...i", fit_xx)  # a view: each ridge is put on top of the same covariance
+    plain, out = diagonal.copy(), []
     for damping in DAMPINGS:
-        change = step / (np.maximum(values, 0) + damping * scale + 1e-30)
-        out.append(float(np.sum((change @ turned) * change) + 2 * np.sum(slope * change)))
+        diagonal[...] = plain + np.float32(damping) * ridge + np.float32(1e-30)
+        change = np.swapaxes(np.linalg.solve(fit_xx, step), -1, -2)
+        out.append(float(np.sum((change @ test_xx) * change) + 2 * np.sum(slope * change)))
     return np.array(out)
 
 

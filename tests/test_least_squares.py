@@ -93,7 +93,26 @@ def test_errors_on_other_samples() -> None:
     got = transfer(*parts[0], *parts[1], prior)
     expected = [error(refit(*parts[0], prior, damping)) - error(prior) for damping in DAMPINGS]
     np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-9)
+    both = [np.stack([part, part]) for part in (*parts[0], *parts[1], prior)]
+    np.testing.assert_allclose(transfer(*both), 2 * np.array(expected), rtol=1e-6, atol=1e-9)
     assert (transfer(np.zeros((2, 2)), np.zeros((1, 2)), np.eye(2), np.ones((1, 2)), np.ones((1, 2))) == 0).all()
+
+
+@pytest.mark.parametrize("noise", [0.03, 1.0, 30.0])
+def test_errors_of_many_outputs_are_estimated(noise: float) -> None:
+    """Random combinations of outputs tell as much about the ridges as all of them."""
+    rng = np.random.default_rng(13)
+    outputs, columns, rows = 3000, 24, 120
+    x, true = samples(rng, rows, columns), rng.normal(size=(columns, outputs))
+    t, prior = x @ true + noise * rng.normal(size=(rows, outputs)), true.T + rng.normal(size=(outputs, columns))
+    halves = [(covariance(x[k::2]), covariance(x[k::2], t[k::2])) for k in range(2)]
+    got = transfer(*halves[0], *halves[1], prior)
+    exact = sum(
+        transfer(halves[0][0], halves[0][1][part], halves[1][0], halves[1][1][part], prior[part])
+        for part in np.array_split(np.arange(outputs), 10)
+    )
+    assert np.argmin(got) == np.argmin(exact)
+    np.testing.assert_allclose(got, exact, atol=0.15 * np.ptp(exact))
 
 
 def test_what_the_data_does_not_see_keeps_its_weight() -> None:

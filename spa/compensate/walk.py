@@ -177,21 +177,27 @@ def _solve(
     assert tensor is not None
     prior = site.matrix(tensor.numpy())
     damping = cross_validated((moments, other), prior) if damping is None else damping
+    task.meter.clear()
     if other is not None:
         moments.merge(other)
-    task.meter.clear()
+        other = None  # large, like what follows
     solved = [Refitter(c, w, damping) for c, w in zip(moments.covariance, prior, strict=True)]
-    new = np.stack([s(c) for s, c in zip(solved, moments.cross, strict=True)])
+    new = _refit(solved, moments)
     offset = moments.mean_t - np.einsum("gmd,gd->gm", new, moments.mean_x)
     for _ in range(bends if task.pair.behind.bends and task.mix is None else 0):
         again = (task.batch(dense, small) for dense, small in zip(*values, strict=True))
         bent = task.meter.bent(_bend(task, new, offset), again)
         assert bent is not None
-        new = np.stack([s(c) for s, c in zip(solved, bent.cross, strict=True)])
+        new = _refit(solved, bent)
         offset = bent.mean_t - np.einsum("gmd,gd->gm", new, bent.mean_x)
     parts.override(site.weight.name or "", exchange(site.weight, site.stored(new), shelf.keep))
     numbers = offset.reshape(-1)
     parts.override(bias.value.name or "", bias.write(numbers if bias.inside else bias.read() + numbers))
+
+
+def _refit(solved: list[Refitter], moments: Joint) -> NDArray[np.float64]:
+    """Weights for the targets of these moments, [g, m, d]."""
+    return np.concatenate([s(c)[None] for s, c in zip(solved, moments.cross, strict=True)])
 
 
 def cross_validated(halves: tuple[Joint, Joint | None], prior: NDArray[np.float64]) -> float:
@@ -202,8 +208,7 @@ def cross_validated(halves: tuple[Joint, Joint | None], prior: NDArray[np.float6
     total = np.zeros(len(DAMPINGS))
     for fit, test in ((first, second), (second, first)):
         if prior.shape[2] <= LARGEST or fit is first:
-            for moments in zip(fit.covariance, fit.cross, test.covariance, test.cross, prior, strict=True):
-                total += transfer(*moments)
+            total += transfer(fit.covariance, fit.cross, test.covariance, test.cross, prior)
     return DAMPINGS[int(np.argmin(total))]
 
 
