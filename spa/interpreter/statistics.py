@@ -111,11 +111,11 @@ FEWEST, MOST = 8, 64
 """Draws."""
 
 
-def gate_curvature(task: Task, samples: int = 64) -> dict[str, Estimate]:
+def gate_curvature(task: Task) -> dict[str, Estimate]:
     """Diagonal of the Hessian of the mean loss with respect to the gates, [units] per group.
 
-    Hutchinson: E[v * (H v)] over random signs v. Labels that would be drawn are taken on average. Each batch of
-    `samples` is differentiated once and asked for several products; drawing stops when the ranking of the units is
+    Hutchinson: E[v * (H v)] over random signs v. Labels that would be drawn are taken on average. Each batch is
+    differentiated once and asked for several products if there are few; drawing stops when the ranking of the units is
     stable.
     """
     network = task.network()
@@ -125,10 +125,10 @@ def gate_curvature(task: Task, samples: int = 64) -> dict[str, Estimate]:
     gates = Gates(task.analysis, task.groups, device=task.device)
     vectors = list(gates.vectors.values())
     sizes = [len(v) for v in vectors]
-    batches = -(-task.data.samples // samples)
+    batches = -(-task.data.samples // task.batch)
 
     def draws() -> Iterator[Array]:
-        for feeds, labels in task.batches(samples):
+        for feeds, labels in task.batches(task.batch):
             total = loss(feeds, labels, gates).mean()
             first = _filled(torch.autograd.grad(total, vectors, create_graph=True, allow_unused=True), vectors)
             for _ in range(max(1, FEWEST // batches)):
@@ -197,13 +197,12 @@ def hessian_gradients(task: Task, temperature: float = 1.0) -> dict[str, Array]:
     return _arrays(names, total)
 
 
-def weight_curvature(task: Task, axes: Mapping[str, int], samples: int = 64) -> dict[str, Estimate]:
+def weight_curvature(task: Task, axes: Mapping[str, int]) -> dict[str, Estimate]:
     """Traces of the Hessian of the mean loss over slices of weights (Hutchinson), labels as in `gate_curvature`.
 
     Args:
         task: model and samples.
         axes: the axis of each weight, by its name, whose slices have a trace each.
-        samples: per batch.
 
     Returns:
         Per weight one trace per position of its axis.
@@ -212,7 +211,7 @@ def weight_curvature(task: Task, axes: Mapping[str, int], samples: int = 64) -> 
     weights = [network.weights[name] for name in axes]
     loss = objective(task.loss, network, task.seed, expected=True)
     generator = torch.Generator().manual_seed(task.seed)
-    batches = -(-task.data.samples // samples)
+    batches = -(-task.data.samples // task.batch)
 
     def traces(signs: Sequence[Tensor], products: Sequence[Tensor]) -> Array:
         parts = [
@@ -222,7 +221,7 @@ def weight_curvature(task: Task, axes: Mapping[str, int], samples: int = 64) -> 
         return np.asarray(torch.cat(parts).cpu().double().numpy())
 
     def draws() -> Iterator[Array]:
-        for feeds, labels in task.batches(samples):
+        for feeds, labels in task.batches(task.batch):
             total = loss(feeds, labels, None).mean()
             first = _filled(torch.autograd.grad(total, weights, create_graph=True, allow_unused=True), weights)
             for _ in range(max(1, FEWEST // batches)):
