@@ -91,7 +91,7 @@ _ROWS = 4096
 
 
 def _solver(matrix: Array) -> Callable[[Array], Array]:
-    """b -> matrix^-1 b for a symmetric matrix, which is lost; by Cholesky factors unless rounding made it indefinite."""
+    """b -> matrix^-1 b for a symmetric matrix; by Cholesky factors unless rounding made it indefinite."""
     from scipy.linalg import LinAlgError, cho_factor, cho_solve, lu_factor, lu_solve  # a tenth of a second to import
 
     try:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 import grpc
 
-from spa_server.blobs import PIECE, Blobs
+from spa_server.blobs import Blobs
 from spa_server.database import Database, contents
-from spa_server.disk import begin_writing
+from spa_server.disk import Appender
 from spa_server.errors import Refusal, exhausted, invalid
 from spa_server.names import owner_folder
 from spa_server.varints import Buffer
@@ -23,8 +21,6 @@ from spa_server.varints import Buffer
 __all__ = ["Incoming", "Uploads", "check_sha256"]
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_DIRTY = 8 << 20
-"""Bytes that wait in memory for the disk before it is told to begin."""
 
 
 def check_sha256(text: str, field: str = "sha256") -> str:
@@ -76,10 +72,10 @@ class Uploads:
         try:
             self._check_quota(owner, part, size)
             part.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(part, "ab") as file:
-                have = file.tell()
-                if have > size:
-                    file.truncate(have := 0)
+            with Appender(part) as file:
+                if file.size > size:
+                    file.clear()
+                have = file.size
                 if offset != have:
                     raise Refusal(
                         grpc.StatusCode.OUT_OF_RANGE,
@@ -87,7 +83,7 @@ class Uploads:
                         f"header.offset: {offset} is not where this goes on; {have} bytes are here",
                         offset=str(have),
                     )
-                yield Incoming(self, file, part, owner, sha256, size, have)
+                yield Incoming(self, file, part, owner, sha256, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise exhausted("disk-full", "the server's disk is full; come again later", 60.0) from error
@@ -131,38 +127,25 @@ class Uploads:
 class Incoming:
     """One file on its way. Its methods block; they are called one after the other."""
 
-    def __init__(
-        self, uploads: Uploads, file: BinaryIO, part: Path, owner: str, sha256: str, size: int, have: int
-    ) -> None:
+    def __init__(self, uploads: Uploads, file: Appender, part: Path, owner: str, sha256: str, size: int) -> None:
         self._uploads, self._part, self._owner, self._sha256, self._size = uploads, part, owner, sha256, size
         self._file = file
-        self._have = self._told = have
-        self._hash = hashlib.sha256()
-        if have:
-            with open(part, "rb") as old:
-                while piece := old.read(PIECE):
-                    self._hash.update(piece)
 
     def write(self, pieces: Iterable[Buffer]) -> None:
         """Add bytes. Raises: Refusal if there are more than was said."""
         for data in pieces:
-            if self._have + len(data) > self._size:
+            if self._file.size + len(data) > self._size:
                 raise invalid("data", f"data: more than the {self._size} bytes that the header said")
             self._file.write(data)
-            self._hash.update(data)
-            self._have += len(data)
-        if self._have - self._told >= _DIRTY:
-            begin_writing(self._file.fileno(), self._told, self._have - self._told)
-            self._told = self._have
 
     def finish(self) -> None:
         """All bytes are there: check and store them. Raises: Refusal if they are not, or are other ones."""
         self._file.flush()
-        if self._have < self._size:
-            message = f"{self._have} of {self._size} bytes came; go on where GetUpload says"
-            raise Refusal(grpc.StatusCode.ABORTED, "incomplete", message, offset=str(self._have))
-        if self._hash.hexdigest() != self._sha256:
+        if self._file.size < self._size:
+            message = f"{self._file.size} of {self._size} bytes came; go on where GetUpload says"
+            raise Refusal(grpc.StatusCode.ABORTED, "incomplete", message, offset=str(self._file.size))
+        if (digest := self._file.digest()) != self._sha256:
             self._part.unlink(missing_ok=True)
-            message = f"the bytes have sha256 {self._hash.hexdigest()} instead of what the header said; send them again"
+            message = f"the bytes have sha256 {digest} instead of what the header said; send them again"
             raise Refusal(grpc.StatusCode.DATA_LOSS, "digest", message)
         self._uploads.store(self._owner, self._sha256, self._part)

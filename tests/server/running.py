@@ -103,7 +103,7 @@ def until(true: Callable[[], object], seconds: float = 30.0) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def workers_of(server: Running) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,8 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from spa_server._generated import artifacts_pb2, models_pb2, uploads_pb2
-from spa_server.blobs import Blobs
 from spa_server.client import Client
-from spa_server.database import connect
 from spa_server.pieces import reader, writer
-from spa_server.uploads import Uploads
 from tests.server.mutations import mutated, random_message
 from tests.server.running import Running
 
@@ -73,26 +69,6 @@ def test_a_file_of_several_pieces_comes_back(server: Running, tmp_path: Path) ->
     assert told == sorted(told)
     assert told[-1] == len(data)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["back", "data.bin"]
-
-
-def test_the_disk_begins_while_more_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[tuple[int, int]] = []
-    monkeypatch.setattr("spa_server.uploads.begin_writing", lambda handle, offset, size: told.append((offset, size)))
-    database = connect(f"sqlite:///{tmp_path / 'spa.db'}")
-    store = Blobs(str(tmp_path / "blobs"))
-    uploads = Uploads(database, store, tmp_path / "parts", limit=1 << 30, quota=0)
-    pieces = [np.random.default_rng(k).bytes(1 << 20) for k in range(30)]
-    sha256 = hashlib.sha256(b"".join(pieces)).hexdigest()
-    with uploads.receive("me", sha256, 30 << 20, 0) as incoming:
-        incoming.write(pieces[:10])
-    with uploads.receive("me", sha256, 30 << 20, 10 << 20) as incoming:
-        for piece in pieces[10:]:
-            incoming.write([piece])
-        incoming.finish()
-    database.close()
-    assert told == [(0, 10 << 20), (10 << 20, 8 << 20), (18 << 20, 8 << 20)]
-    with store.open(sha256) as file:
-        assert file.read() == b"".join(pieces)
 
 
 def test_a_download_goes_on_where_it_broke(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import grpc
 
@@ -17,6 +16,7 @@ from spa.errors import OutputError, SpaError, UsageError
 from spa.progress import Progress
 from spa_server._generated import artifacts_pb2, models_pb2, uploads_pb2
 from spa_server.client.failures import is_passing
+from spa_server.disk import Appender
 from spa_server.pieces import reader, writer
 from spa_server.varints import Buffer
 
@@ -112,7 +112,7 @@ class Transfers:
         """
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
         try:
-            with open(temporary, "xb") as opened, ThreadPoolExecutor(1) as thread:
+            with Appender(temporary, new=True) as opened, ThreadPoolExecutor(1) as thread:
                 written = _Written(opened, thread)
                 self._fetch(parent, file, written, progress)
                 digest = written.digest()
@@ -141,10 +141,10 @@ class Transfers:
 
 
 class _Written:
-    """Bytes that a thread writes and hashes while the next ones come."""
+    """Bytes that a thread writes while the next ones come."""
 
-    def __init__(self, file: BinaryIO, thread: ThreadPoolExecutor) -> None:
-        self._file, self._thread, self._hash = file, thread, hashlib.sha256()
+    def __init__(self, file: Appender, thread: ThreadPoolExecutor) -> None:
+        self._file, self._thread = file, thread
         self._parts: list[memoryview] = []
         self._gathered = 0
         self._writing: Future[None] | None = None
@@ -166,7 +166,7 @@ class _Written:
         self._settle()
         self._write(self._parts)
         self._file.flush()
-        return self._hash.hexdigest()
+        return self._file.digest()
 
     def _settle(self) -> None:
         if self._writing is not None:
@@ -175,7 +175,6 @@ class _Written:
     def _write(self, parts: list[memoryview]) -> None:
         for part in parts:
             self._file.write(part)
-            self._hash.update(part)
 
 
 def _pieces(
