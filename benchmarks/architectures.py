@@ -249,6 +249,19 @@ FAMILIES: dict[str, Family] = {
         _language("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **_GQA, **_EXPERTS, head_dim=16, num_experts=6),
         _masked(),
     ),
+    "gpt-oss": Family(
+        "GPT-OSS: sinks, window, experts",
+        _language(
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            **{**_GQA, "intermediate_size": 96},
+            head_dim=16,
+            num_local_experts=6,
+            num_experts_per_tok=2,
+            sliding_window=8,
+        ),
+        _masked(),
+    ),
     "deepseek-v3": Family(
         "DeepSeek V3: latent attention, experts",
         _language(
