@@ -79,6 +79,21 @@ def test_one_refitter_serves_many_targets() -> None:
         np.testing.assert_array_equal(refitter(cross), refit(covariance(x), cross, prior, 1e-2))
 
 
+def test_a_refit_of_many_outputs_is_that_of_each() -> None:
+    rng = np.random.default_rng(14)
+    x, prior, cross = samples(rng, 50, 4), rng.normal(size=(9000, 4)), rng.normal(size=(9000, 4))
+    found = refit(covariance(x), cross, prior, 1e-2)
+    for part in (slice(0, 7), slice(4090, 4100), slice(8999, 9000)):
+        np.testing.assert_allclose(found[part], refit(covariance(x), cross[part], prior[part], 1e-2), rtol=1e-12)
+
+
+def test_a_covariance_that_rounding_made_indefinite() -> None:
+    """Cholesky factors do not exist; the problem still has its solution."""
+    matrix = np.diag([4.0, 1.0, -1e-3])
+    found = refit(matrix, np.array([[4.0, 1.0, -1e-3]]), np.zeros((1, 3)), 1e-9)
+    np.testing.assert_allclose(found, np.ones((1, 3)), rtol=1e-5)
+
+
 def test_errors_on_other_samples() -> None:
     """`transfer` is the squared error of a refit on one half, measured on the other, up to what no weight changes."""
     rng = np.random.default_rng(12)
