@@ -165,8 +165,8 @@ Whole experts of a mixture leave where the router's choice is followed to stacke
 all of these. Caches of keys and values keep their shapes here, with them the heads' sizes; `--allow-io` lets both
 shrink.
 """
-_RECORDED = """Files that TensorFlow, Keras, JAX, PaddlePaddle, scikit-learn, converters and quantisers wrote over the
-years. They are not part of the project; `--zoo` names their folder."""
+_RECORDED = """Files that PyTorch, TensorFlow, Keras, JAX, PaddlePaddle, scikit-learn, converters and quantisers wrote
+over the years. They are not part of the project; `--zoo` names their folder."""
 _TABLE_HEAD = [
     "| architecture | exporter | groups | prunable | MACs | verified | outside | largest frozen part |",
     "|---|---|---|--:|--:|--:|--:|---|",
