@@ -7,7 +7,6 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -58,17 +57,13 @@ class Postgres:
         shutil.rmtree(self.folder)
 
     def _run(self, name: str, *arguments: str) -> None:
-        command: Sequence[str] = [str(self._bin / name), *arguments]
-        user, group = (None, None) if self._user is None else (self._user.pw_uid, self._user.pw_gid)
+        command = [str(self._bin / name), *arguments]
+        if self._user is not None:
+            # not by arguments of `subprocess.run`: with these it forks, which gRPC's threads do not survive
+            # (https://github.com/grpc/grpc/issues/43055)
+            ids = [f"--reuid={self._user.pw_uid}", f"--regid={self._user.pw_gid}", "--clear-groups"]
+            command = ["setpriv", *ids, "--", *command]
         done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            text=True,
-            check=False,
-            user=user,
-            group=group,
-            extra_groups=None if user is None else (),
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", text=True, check=False
         )
         assert done.returncode == 0, done.stdout
