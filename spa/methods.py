@@ -167,6 +167,7 @@ def resolve(name: str | None, **parts: str | None) -> list[Method]:
     if name is None:
         return [replace(PLAIN, **{**given, "name": given.get("criterion", "l2")})]  # type: ignore[arg-type]  # names and values were checked
     if name != "auto" and name not in METHODS:
-        raise UsageError(f"unknown method {name!r}; choose one of {', '.join(METHODS)}, or auto")
+        hint = f" ({name} is a criterion: --criterion {name})" if name in CHOICES["criterion"] else ""
+        raise UsageError(f"unknown method {name!r}{hint}; choose one of {', '.join(METHODS)}, or auto")
     names = AUTO if name == "auto" else (name,)
     return [replace(METHODS[n], **{**given, "name": n}) for n in names]  # type: ignore[arg-type]  # names and values were checked

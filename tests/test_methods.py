@@ -118,6 +118,11 @@ def test_unknown_names(key: str) -> None:
         spa.prune(_mlp(), target="macs=0.5", calibration="none", **{key: "nonsense"})  # type: ignore[arg-type]  # that is the test
 
 
+def test_a_criterion_is_no_method() -> None:
+    with pytest.raises(UsageError, match=r"unknown method 'taylor' \(taylor is a criterion: --criterion taylor\)"):
+        resolve("taylor")
+
+
 @pytest.mark.parametrize("options", [
     {"method": "flap"}, {"method": "auto"}, {"criterion": "variance"}, {"compensate": "obs"}, {"recalibrate": "auto"},
     {"criterion": "obspa", "allocation": "efficient"}, {"method": "spa-l1"},
