@@ -218,12 +218,13 @@ class Job:
 
 
 class Oversize(Exception):
-    """What is written has more bytes or parameters than a target allows: structure and un-shared weights took more
-    than estimated."""
+    """What is written has more bytes or parameters than a target allows: structure, un-shared weights and new biases
+    took more than estimated."""
 
-    def __init__(self, metric: Metric, excess: float) -> None:
-        super().__init__(metric, excess)
-        self.metric, self.excess = metric, excess
+    def __init__(self, metric: Metric, over: float) -> None:
+        """`over` is what was not foreseen."""
+        super().__init__(metric, over)
+        self.metric, self.over = metric, over
 
 
 def finish(
@@ -251,7 +252,7 @@ def finish(
     try:
         with clock.stage("save"):
             size = save(model, folder / name, external=job.graph.external, shard=job.graph.shard)
-        written = _within(model, size, most)
+        written = _within(job, model, size, most)
         verification = None
         if job.check:
             with clock.stage("verify"):
@@ -261,12 +262,12 @@ def finish(
         if study is not None and chosen is not None and study.data is not None:
             with clock.stage("compensate"):
                 if answer is None:
-                    fit = study.compensate(job.kept, twin, chosen.removed)
+                    fit = study.compensate(job.kept, twin, chosen.removed, lambda: _within(job, twin.model, size, most))
                 else:
                     model, fit = answer.twin.model, answer.fit
             with clock.stage("save"):
                 size = save(model, folder / name, external=job.graph.external, shard=job.graph.shard)
-            written = _within(model, size, most)
+            written = _within(job, model, size, most)
         latency = None
         if loop is not None:
             with clock.stage("measure"):
@@ -287,20 +288,25 @@ def finish(
     return Result(finished, path, job.plan, report, job.analysis)
 
 
-def _within(model: ir.Model, size: int, most: Mapping[Metric, float] | None) -> dict[Metric, float]:
+def _within(job: Job, model: ir.Model, size: int, most: Mapping[Metric, float] | None) -> dict[Metric, float]:
     """What was written, if a target allows it."""
     written: dict[Metric, float] = {"bytes": size, "parameters": parameters_of(model)}
     for metric, limit in (most or {}).items():
         if written[metric] > limit:
-            raise Oversize(metric, int(written[metric] - limit) + 1)
+            raise Oversize(metric, written[metric] - _planned(job)[metric])
     return written
+
+
+def _planned(job: Job) -> dict[Metric, float]:
+    """What the cost model says of the plan."""
+    cost = job.analysis.cost
+    counts = job.analysis.coupling.solution.counts(job.kept)
+    return cost.totals([c if isinstance(c, int) else full for c, full in zip(counts, cost.full, strict=True)])
 
 
 def _report(job: Job, written: Mapping[Metric, float], verification: Verification | None) -> Report:
     cost = job.analysis.cost
-    before = cost.totals(cost.full)
-    counts = job.analysis.coupling.solution.counts(job.kept)
-    after = cost.totals([c if isinstance(c, int) else full for c, full in zip(counts, cost.full, strict=True)])
+    before, after = cost.totals(cost.full), _planned(job)
     return Report(
         Change(round(before["macs"]), round(after["macs"])),
         Change(job.analysis.parameters, round(written["parameters"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -207,7 +208,7 @@ def prune(
                 result = finish(query.job(plan, selection, output), most, query.study, selection, loop, found)
                 return replace(result, curves=scored.curves)
             except Oversize as error:
-                spare[error.metric] = spare.get(error.metric, 0) + error.excess
+                spare[error.metric] = max(math.ceil(error.over), spare.get(error.metric, 0) + 1)
 
 
 def apply(

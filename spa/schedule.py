@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -90,9 +90,11 @@ class Schedule:
         removed = tuple((self._groups[name], tuple(sorted(units))) for name, units in gone.items() if units)
         return replace(last, removed=removed)
 
-    def compensate(self, kept: Mask, twin: Twin, removed: Removed) -> Fit | None:
+    def compensate(
+        self, kept: Mask, twin: Twin, removed: Removed, ready: Callable[[], object] = lambda: None
+    ) -> Fit | None:
         """See `Study.compensate`: from the original's weights towards the original's outputs."""
-        return self.study.compensate(kept, twin, removed)
+        return self.study.compensate(kept, twin, removed, ready)
 
     def adjust(self, kept: Mask, twin: Twin, removed: Removed) -> None:
         """A draft of `compensate`: in closed form where that refits on the pruned prefix; see `Study.adjust`."""

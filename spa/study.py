@@ -220,14 +220,19 @@ class Study:
         ]
         return replace(chosen, removed=tuple(better))
 
-    def compensate(self, kept: Mask, twin: Twin, removed: Removed) -> Fit | None:
-        """Change the weights of the pruned model `twin` so that it does what the original does."""
+    def compensate(
+        self, kept: Mask, twin: Twin, removed: Removed, ready: Callable[[], object] = lambda: None
+    ) -> Fit | None:
+        """Change the weights of the pruned model `twin` so that it does what the original does.
+
+        `ready` is called when it has its final structure and most of the work is still to be done.
+        """
         method = self.method
         if self.data is None or self.measured is None:
             return None
         probe, reference = self._reference
         before = self._error(reference, twin, probe)
-        self.adjust(kept, twin, removed, norms=method.recalibrate == "norm")
+        self.adjust(kept, twin, removed, norms=method.recalibrate == "norm", ready=ready)
         after = self._error(reference, twin, probe)
         again = method.recalibrate == "norm"
         if method.recalibrate == "auto":
@@ -241,7 +246,16 @@ class Study:
                 undo()
         return Fit(self.data.name, self.data.samples, self.data.note, before, after, again)
 
-    def adjust(self, kept: Mask, twin: Twin, removed: Removed, *, draft: bool = False, norms: bool = False) -> None:
+    def adjust(
+        self,
+        kept: Mask,
+        twin: Twin,
+        removed: Removed,
+        *,
+        draft: bool = False,
+        norms: bool = False,
+        ready: Callable[[], object] = lambda: None,
+    ) -> None:
         """The weights of `compensate` alone: no outputs are compared.
 
         Args:
@@ -250,6 +264,7 @@ class Study:
             removed: units that left.
             draft: the closed form (`stitch`) where the method refits on the pruned prefix, which takes long.
             norms: also re-estimate the norms.
+            ready: see `compensate`.
         """
         assert self.data is not None
         assert self.measured is not None
@@ -262,7 +277,9 @@ class Study:
             stitch(twin, self.measured, kept, removed, self.rotations)
         elif how == "obs":
             mixer = Mixer(self.measured, self.rotations, kept)
-            refit_sites(self.analysis, kept, twin, self.data, self.setup, mixer=mixer, progress=self.progress)
+            refit_sites(
+                self.analysis, kept, twin, self.data, self.setup, mixer=mixer, ready=ready, progress=self.progress
+            )
         if norms:
             recalibrate(self.analysis, kept, twin, self.data, self.setup, self.progress)
 

@@ -7,6 +7,7 @@ residual connection follows, the target is what makes the *sum* right: the error
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,6 +49,7 @@ def refit_sites(
     residual: bool = True,
     bends: int = 2,
     mixer: Mixer | None = None,
+    ready: Callable[[], object] = lambda: None,
     progress: Progress = silent,
 ) -> None:
     """Refit every site of the pruned model (`twin`, which is changed) whose inputs differ from the original's.
@@ -63,12 +65,14 @@ def refit_sites(
         residual: also correct the error of the branch that is added to a site's output.
         mixer: mixes the outputs of projections within attention heads.
         bends: rounds that adapt the targets to a clipping activation behind a site.
+        ready: called when all new biases are in place, before anything is measured.
         progress: told how many sites are done (`refit`).
     """
     if mixer is not None:
         mixer.write(twin)
     pairs = pair_up(analysis, kept, twin)
     biases = {pair: bias_of(twin, pair.pruned) for pair in pairs}
+    ready()
     after = Segments.of(twin.model, setup.provider, setup.threads)
     before = Segments.of(analysis.coupling.model, setup.provider, setup.threads)
     first = Front(before, data, setup.batch, setup.memory // 8)
