@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ from onnx import numpy_helper
 
 import spa
 from spa.calibration import Calibration, load_calibration
-from spa.compensate import walk
 from spa.compensate.closed import refit_readers, shift_means
 from spa.compensate.norm import recalibrate
 from spa.compensate.pairs import pair_up
@@ -492,31 +490,3 @@ def test_every_built_model_can_be_compensated(name: str, how: str) -> None:
     if how.startswith("obs") and BUILT[name].tolerance < 1e-3:
         bare = compensated(analysis, data, removed, "none")
         assert error(model, small, data) < 1.02 * error(model, bare, data) + 1e-6
-
-
-@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
-def test_new_biases_count_before_the_refit(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A refit gives biases to layers that have none; that they fit in is known before it begins, not after."""
-    net, rng = Net(), np.random.default_rng(0)
-    x = net.input("x", "n", 24)
-    for k in range(4):
-        x = net("Relu", net("MatMul", x, net.weight(f"w{k}", 24, 24)))
-    net.named(net("MatMul", x, net.weight("last", 24, 5)), "y")
-    model = net.model(y=["n", 5])
-    whole = sum(int(np.prod(t.dims)) for t in model.graph.initializer)
-    work = []
-
-    def solved(task: Any, *rest: Any) -> None:
-        work.append(task.pair.pruned.name)
-        real(task, *rest)
-
-    real = walk._solve
-    monkeypatch.setattr(walk, "_solve", solved)
-    result = spa.prune(
-        model, target=f"params={share}", method="obspa", align=1,
-        calibration={"x": rng.normal(size=(200, 24)).astype(np.float32)}, output=tmp_path / "small.onnx",
-    )  # fmt: skip
-    assert result.report.parameters.after <= share * whole
-    assert result.report.parameters.after >= (share - 0.1) * whole
-    assert work
-    assert len(set(work)) == len(work)  # each reader once

@@ -1,11 +1,18 @@
-"""Targets as users write them."""
+"""Targets as users write them, and whether what comes out is within them."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
+import spa
 from spa.budget import parse_target, parse_targets
+from spa.compensate import walk
 from spa.errors import UsageError
+from tests.net import Net
 
 
 @pytest.mark.parametrize(
@@ -59,3 +66,31 @@ def test_several() -> None:
 def test_none_given(texts: str | list[str]) -> None:
     with pytest.raises(UsageError, match="no target given"):
         parse_targets(texts)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+def test_new_biases_count_before_the_refit(share: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A refit gives biases to layers that have none; that they fit in is known before it begins, not after."""
+    net, rng = Net(), np.random.default_rng(0)
+    x = net.input("x", "n", 24)
+    for k in range(4):
+        x = net("Relu", net("MatMul", x, net.weight(f"w{k}", 24, 24)))
+    net.named(net("MatMul", x, net.weight("last", 24, 5)), "y")
+    model = net.model(y=["n", 5])
+    whole = sum(int(np.prod(t.dims)) for t in model.graph.initializer)
+    work = []
+
+    def solved(task: Any, *rest: Any) -> None:
+        work.append(task.pair.pruned.name)
+        real(task, *rest)
+
+    real = walk._solve
+    monkeypatch.setattr(walk, "_solve", solved)
+    result = spa.prune(
+        model, target=f"params={share}", method="obspa", align=1,
+        calibration={"x": rng.normal(size=(200, 24)).astype(np.float32)}, output=tmp_path / "small.onnx",
+    )  # fmt: skip
+    assert result.report.parameters.after <= share * whole
+    assert result.report.parameters.after >= (share - 0.1) * whole
+    assert work
+    assert len(set(work)) == len(work)  # each reader once
