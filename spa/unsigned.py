@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from spa.coupling import tensor_of
+from spa.sites import constant_of
 from spa.twin import Twin
 
 _PRODUCTS: dict[str, tuple[tuple[int, int], ...]] = {
@@ -82,9 +82,4 @@ def _may_rise(node: ir.Node, slot: int) -> bool:
 
 
 def _tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    if value is None:
-        return None
-    producer = value.producer()
-    if producer is not None:
-        return tensor_of(producer)
-    return None if value.is_graph_input() else value.const_value
+    return None if value is None or value.is_graph_input() else constant_of(value)

@@ -34,6 +34,7 @@ from spa.plan import Removal
 from spa.removal import Mask, changed_leaves
 from spa.rules import Flow
 from spa.runtime import Session, open_session, run
+from spa.sites import constant_of
 from spa.store import save, unpack
 from spa.twin import Twin
 from spa.unsigned import has_signed, unsigned
@@ -80,8 +81,7 @@ def zeroed(model: ir.Model, removed: Sequence[Removal]) -> ir.Model:
     twin = Twin(model)
     for removal in removed:
         for value, uses in _targets(twin.model, removal):
-            producer = value.producer()
-            tensor = value.const_value if producer is None else tensor_of(producer)
+            producer, tensor = value.producer(), constant_of(value)
             assert tensor is not None
             blank = blanked(tensor, removal.axis, np.array(removal.indices, dtype=np.intp))
             if removal.consumers is None and producer is None:
@@ -183,8 +183,7 @@ class _Masker:
         twin = self.twin.node(node)
         value = twin.inputs[slot]
         assert value is not None
-        producer = value.producer()
-        tensor = value.const_value if producer is None else tensor_of(producer)
+        tensor = constant_of(value)
         if tensor is not None and not lowest:  # some kernels want their weights constant
             blank = blanked(tensor, d, np.flatnonzero(~mask))
             twin.replace_input_with(slot, self.twin.constant(blank, f"{value.name}_masked"))
@@ -235,8 +234,7 @@ class _Masker:
                 attributes[pin.slot] = ir.AttrFloat32(pin.slot, pin.value)
 
     def _gather(self, value: ir.Value, index: NDArray[np.int64], axis: int, before: ir.Node) -> ir.Value:
-        producer = value.producer()
-        tensor = value.const_value if producer is None else tensor_of(producer)
+        tensor = constant_of(value)
         if tensor is not None and not value.is_graph_input():  # some kernels want their weights constant
             return self.twin.constant(picked(tensor, [(axis, index)], "kept"), f"{value.name}_kept")
         constant = self.twin.constant(ir.tensor(index), "kept")

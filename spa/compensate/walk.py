@@ -201,7 +201,7 @@ def _solve(
 
 def _refit(solved: list[Refitter], moments: Joint) -> NDArray[np.float64]:
     """Weights for the targets of these moments, [g, m, d]."""
-    return np.concatenate([s(c)[None] for s, c in zip(solved, moments.cross, strict=True)])
+    return np.stack([s(c) for s, c in zip(solved, moments.cross, strict=True)])
 
 
 def cross_validated(halves: tuple[Joint, Joint | None], prior: NDArray[np.float64]) -> float:

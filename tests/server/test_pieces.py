@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from spa_server._generated import artifacts_pb2, models_pb2, uploads_pb2
+from spa_server.blobs import Blobs
 from spa_server.client import Client
+from spa_server.database import connect
 from spa_server.pieces import reader, writer
+from spa_server.uploads import Uploads
 from tests.server.mutations import mutated, random_message
 from tests.server.running import Running
 
@@ -69,6 +73,24 @@ def test_a_file_of_several_pieces_comes_back(server: Running, tmp_path: Path) ->
     assert told == sorted(told)
     assert told[-1] == len(data)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["back", "data.bin"]
+
+
+def test_an_upload_in_two_parts_is_stored_whole(tmp_path: Path) -> None:
+    database = connect(f"sqlite:///{tmp_path / 'spa.db'}")
+    store = Blobs(str(tmp_path / "blobs"))
+    uploads = Uploads(database, store, tmp_path / "parts", limit=1 << 30, quota=0)
+    pieces = [np.random.default_rng(k).bytes(1 << 20) for k in range(30)]
+    sha256 = hashlib.sha256(b"".join(pieces)).hexdigest()
+    with uploads.receive("me", sha256, 30 << 20, 0) as incoming:
+        incoming.write(pieces[:10])
+    assert uploads.offset("me", sha256) == (10 << 20, False)
+    with uploads.receive("me", sha256, 30 << 20, 10 << 20) as incoming:
+        for piece in pieces[10:]:
+            incoming.write([piece])
+        incoming.finish()
+    database.close()
+    with store.open(sha256) as file:
+        assert file.read() == b"".join(pieces)
 
 
 def test_a_download_goes_on_where_it_broke(server: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
